@@ -1,0 +1,271 @@
+"""The language model: a Llama-style decoder by hand, with LoRA adapters over one frozen base.
+
+RMSNorm, rotary positions, grouped-query attention with an arbitrary mask and a KV cache, SwiGLU. SmolLM2, Llama-2,
+Llama-3, TinyLlama and Qwen2.5 are all this model with other numbers; `load` reads their weights through transformers
+(hub id, folder or .gguf file) and then lets go of transformers.
+
+Mixed precision is two lines, both here: `Model.forward` casts the embedded tokens to `compute_dtype`, and every
+`Linear` casts its weights to the dtype of what comes in. So a frozen base is stored in bfloat16 (the cast does
+nothing), LoRA weights are stored in float32 and used in bfloat16, and their gradients arrive in float32.
+
+Shapes: B rows, T tokens, S tokens a query can look at (cached + new), D width, H heads, K key/value heads, E head width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class ModelConfig:
+    vocab_size: int
+    dim: int = 96                 # width of the residual stream (D)
+    n_layers: int = 3
+    n_heads: int = 4              # query heads (H)
+    n_kv_heads: int = 2           # key/value heads (K); each serves H/K query heads
+    head_dim: int = 24            # width of one head (E)
+    ffn_dim: int = 256            # inner width of the SwiGLU
+    rope_base: float = 10000.0    # slowest rotary wavelength is about 2 pi times this, in tokens
+    rope_scaling: dict = None     # Llama-3's stretching of the slow frequencies, as transformers names it
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False        # Qwen2 has biases on q, k and v
+    tied: bool = True             # the output layer is the embedding
+    dropout: float = 0.0          # of the residual branches, while training
+
+
+class Linear(nn.Module):
+    """y = x W' + b + scale * (x A') B'  with W, b frozen or not, and (A, B) the active adapter (LoRA, 2106.09685)."""
+
+    def __init__(self, d_in, d_out, bias=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
+        self.lora_a, self.lora_b = nn.ParameterDict(), nn.ParameterDict()   # adapter's name -> matrix
+        self.active, self.scale = None, 1.0
+
+    def forward(self, x):
+        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        if self.active is not None:
+            a, b = self.lora_a[self.active], self.lora_b[self.active]
+            y = y + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * self.scale
+        return y
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):                                     # the mean of squares in float32 whatever x is
+        h = x.float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight.to(x.dtype) * h.to(x.dtype)
+
+
+def rope_frequencies(config):
+    """Rotary frequencies in radians a token, (E/2,) float32. Llama-3 slows those with long wavelengths down."""
+    e = config.head_dim
+    freq = config.rope_base ** (-torch.arange(0, e, 2, dtype=torch.float32) / e)
+    s = config.rope_scaling
+    if not s or s.get("rope_type", "default") == "default":
+        return freq
+    if s["rope_type"] != "llama3":
+        raise ValueError(f"rope scaling {s['rope_type']!r} is not built in: only 'default' and 'llama3'")
+    turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)   # turns over the original context
+    low, high = s["low_freq_factor"], s["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)                      # 1: fast, left alone; 0: fully stretched
+    return freq * (keep + (1 - keep) / s["factor"])
+
+
+def rotate(x, cos, sin):
+    """Turn the pairs (x_i, x_{i+E/2}) by their angle. x (B,H,T,E); cos, sin (B,1,T,E/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+        self.attn_norm, self.ffn_norm = RMSNorm(c.dim, c.norm_eps), RMSNorm(c.dim, c.norm_eps)
+        self.q = Linear(c.dim, c.n_heads * c.head_dim, c.qkv_bias)
+        self.k = Linear(c.dim, c.n_kv_heads * c.head_dim, c.qkv_bias)
+        self.v = Linear(c.dim, c.n_kv_heads * c.head_dim, c.qkv_bias)
+        self.o = Linear(c.n_heads * c.head_dim, c.dim)
+        self.gate, self.up = Linear(c.dim, c.ffn_dim), Linear(c.dim, c.ffn_dim)
+        self.down = Linear(c.ffn_dim, c.dim)
+        self.drop = nn.Dropout(c.dropout)
+
+    def attend(self, x, cos, sin, mask, past):
+        B, T, _ = x.shape
+        split = lambda y: y.view(B, T, -1, self.c.head_dim).transpose(1, 2)       # (B, heads, T, E)
+        q, k, v = rotate(split(self.q(x)), cos, sin), rotate(split(self.k(x)), cos, sin), split(self.v(x))
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                           enable_gqa=self.c.n_heads != self.c.n_kv_heads)
+        return self.o(y.transpose(1, 2).reshape(B, T, -1)), (k, v)
+
+    def forward(self, x, cos, sin, mask=None, past=None):
+        y, present = self.attend(self.attn_norm(x), cos, sin, mask, past)
+        x = x + self.drop(y)
+        h = self.ffn_norm(x)
+        x = x + self.drop(self.down(F.silu(self.gate(h)) * self.up(h)))
+        return x, present
+
+
+class Model(nn.Module):
+    """Tokens to final hidden states; `logits` turns chosen hidden states into chosen columns of the vocabulary."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.compute_dtype = config, torch.float32
+        self.embed = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = None if config.tied else nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        self.drop = nn.Dropout(config.dropout)
+        self.register_buffer("rope", rope_frequencies(config), persistent=False)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:                                   # GPT-2's start: .02, less on the residual branches
+                shrink = math.sqrt(2 * config.n_layers) if name.endswith(("o.weight", "down.weight")) else 1.0
+                nn.init.normal_(p, std=0.02 / shrink)
+
+    def forward(self, tokens, positions=None, mask=None, cache=None):
+        """tokens (B,T) int64 -> hidden states after the last norm (B,T,D).
+
+        positions (B,T): rotary positions; None counts on from the cache's length. mask (B,T,S) bool, True where a
+        query may look; None is causal, and wants an empty cache. cache: a list, one (k, v) a layer, each (B,K,S,E);
+        an empty list is filled, a full one is extended by the T new tokens. None keeps nothing.
+        """
+        if mask is None and cache:
+            raise ValueError("tokens after a cache need a mask: causal attention would be aligned wrongly")
+        start = cache[0][0].shape[2] if cache else 0
+        if positions is None:
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+        angle = positions[:, None, :, None].float() * self.rope                    # (B,1,T,E/2)
+        cos, sin = angle.cos().to(self.compute_dtype), angle.sin().to(self.compute_dtype)
+        mask = None if mask is None else mask[:, None]                             # one mask for all heads
+        x = self.drop(F.embedding(tokens, self.embed).to(self.compute_dtype))
+        presents = []
+        for i, block in enumerate(self.blocks):
+            x, present = block(x, cos, sin, mask, cache[i] if cache else None)
+            presents.append(present)
+        if cache is not None:
+            cache[:] = presents
+        return self.norm(x)
+
+    def logits(self, hidden, columns=None):
+        """hidden (..., D) -> float32 logits (..., V), or only `columns` (C,) of them (..., C)."""
+        w = self.embed if self.head is None else self.head
+        w = w if columns is None else w[columns]
+        return F.linear(hidden, w.to(hidden.dtype)).float()
+
+    # ------------------------------------------------------------------ adapters
+
+    def linears(self):
+        return [m for m in self.modules() if isinstance(m, Linear)]
+
+    def freeze(self):
+        """Stop training the base and store it in the compute dtype. Buffers (the rotary frequencies) stay float32."""
+        for name, p in self.named_parameters():
+            if "lora_" not in name:
+                p.requires_grad_(False)
+                p.data = p.data.to(self.compute_dtype)
+        return self
+
+    def add_adapter(self, name, rank, alpha=None, like=None):
+        """Add LoRA matrices to every linear layer of the blocks; B = 0, so the adapter starts as the base.
+
+        rank r > 0; the product is scaled by alpha / r (default alpha = 2r, one scale for all adapters of a model).
+        like: name of an adapter to start as a copy of instead.
+        """
+        for m in self.linears():
+            m.scale = (2 * rank if alpha is None else alpha) / rank
+            d_out, d_in = m.weight.shape
+            a, b = torch.empty(rank, d_in, device=m.weight.device), torch.zeros(d_out, rank, device=m.weight.device)
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+            m.lora_a[name], m.lora_b[name] = nn.Parameter(a), nn.Parameter(b)      # float32, whatever the base is
+        if like is not None:
+            self.load_adapter(name, self.adapter_state(like))
+
+    def use(self, name):
+        """Switch the active adapter (None: the bare base). Nothing is copied. KeyError if there is no such one."""
+        for m in self.linears():
+            if name is not None and name not in m.lora_a:
+                raise KeyError(f"no adapter {name!r}; there are {list(m.lora_a)}")
+            m.active = name
+        return self
+
+    def adapter_parameters(self, name):
+        return [p for m in self.linears() for p in (m.lora_a[name], m.lora_b[name])]
+
+    def adapter_state(self, name):
+        return [p.detach().clone() for p in self.adapter_parameters(name)]
+
+    @torch.no_grad()
+    def load_adapter(self, name, state):
+        for p, s in zip(self.adapter_parameters(name), state, strict=True):
+            p.copy_(s)
+
+
+# ---------------------------------------------------------------------- weights from elsewhere
+
+ARCHITECTURES = ("llama", "qwen2")      # transformers' model_type; SmolLM2 and TinyLlama are "llama"
+
+
+def config_from_hf(hf):
+    """A transformers config of a Llama-like model -> ModelConfig. ValueError names what is not built in."""
+    if hf.model_type not in ARCHITECTURES:
+        raise ValueError(f"model type {hf.model_type!r} is not supported: one of {', '.join(ARCHITECTURES)}")
+    if getattr(hf, "use_sliding_window", False) or hf.hidden_act != "silu" or getattr(hf, "mlp_bias", False):
+        raise ValueError("sliding windows, biases in the MLP and activations other than silu are not built in")
+    rope = dict(getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {})
+    base = rope.pop("rope_theta", None) or getattr(hf, "rope_theta", 10000.0)
+    return ModelConfig(
+        vocab_size=hf.vocab_size, dim=hf.hidden_size, n_layers=hf.num_hidden_layers, n_heads=hf.num_attention_heads,
+        n_kv_heads=hf.num_key_value_heads, ffn_dim=hf.intermediate_size, rope_base=base, rope_scaling=rope or None,
+        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads, norm_eps=hf.rms_norm_eps,
+        qkv_bias=hf.model_type == "qwen2" or bool(getattr(hf, "attention_bias", False)),
+        tied=bool(hf.tie_word_embeddings))
+
+
+def from_hf(hf_model):
+    """A transformers LlamaForCausalLM or Qwen2ForCausalLM -> our Model with the same weights (float32)."""
+    config = config_from_hf(hf_model.config)
+    theirs = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
+              "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+              "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+    w, ours = hf_model.state_dict(), {}
+    ours["embed"], ours["norm.weight"] = w["model.embed_tokens.weight"], w["model.norm.weight"]
+    if not config.tied:
+        ours["head"] = w["lm_head.weight"]
+    for i in range(config.n_layers):
+        for mine, their in theirs.items():
+            for kind in ("weight", "bias"):
+                key = f"model.layers.{i}.{their}.{kind}"
+                if key in w:
+                    ours[f"blocks.{i}.{mine}.{kind}"] = w[key]
+    with torch.device("meta"):
+        model = Model(config)
+    model.load_state_dict({k: v.detach().float().clone() for k, v in ours.items()}, assign=True)   # strict
+    model.rope = rope_frequencies(config)
+    return model
+
+
+def load(folder, gguf_file=None):
+    """Read a Llama-like model from a folder of transformers' files, or from `gguf_file` inside it (dequantised)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    extra = {} if gguf_file is None else {"gguf_file": gguf_file}
+    config_from_hf(AutoConfig.from_pretrained(folder, **extra))        # says no before the weights are read
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **extra)
+    return from_hf(hf).eval()
+
+
+def describe(model):
+    """'135M parameters, width 576, 30 layers, 9/3 heads' for the log."""
+    c, n = model.config, sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
+    return f"{n / 1e6:.1f}M parameters, width {c.dim}, {c.n_layers} layers, {c.n_heads}/{c.n_kv_heads} heads"

@@ -1,0 +1,513 @@
+"""nanoUFO: pretrain -> SFT -> self-play, and the table of what each did to accuracy and to fairness.
+
+    python train.py                         the toy world, CPU, about two minutes
+    python train.py --dataset=ml100k        SmolLM2-135M on MovieLens-100K (ml1m: MovieLens-1M); one GPU
+
+Options are --key=value over the Config below. Equation numbers are those of the README.
+"""
+
+import copy
+import dataclasses
+import difflib
+import json
+import math
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import corrector
+import data
+import judger
+import metrics
+import selfplay
+from model import Model, ModelConfig, describe, load
+
+
+@dataclass
+class Config:
+    # what to learn from
+    dataset: str = "toy"            # toy | ml100k | ml1m
+    data_dir: str = "data"          # downloads and prepared files are kept here
+    out_dir: str = ""               # results.json, log.jsonl, model.pt; default out/<dataset>
+    group_by: str = "genre"         # genre (an item with n genres gives 1/n to each) | popularity (quintiles)
+    holdout: int = 1                # the last `holdout` items of a user are test, those before validation
+    max_users: int = 0              # keep this many users (0: all; toy: 600)
+    history: int = 20               # titles of the history that a prompt shows
+    topk: int = 10                  # length K of a recommendation list
+    seed: int = 0                   # of everything drawn; the toy world itself too
+    # the machine
+    device: str = "auto"            # auto | cuda | cpu | mps
+    dtype: str = "auto"             # auto | bfloat16 | float16 | float32, for the frozen base and the activations
+    compile: str = "auto"           # auto (on a GPU) | True | False: torch.compile the training passes
+    eval_batch: int = 64            # users at a time in search and play
+    # the model
+    init_from: str = "HuggingFaceTB/SmolLM2-135M"   # hub id | folder | file.gguf | scratch
+    tokens: str = "text"            # scratch only: text (titles as written) | items (one token a title, a yardstick)
+    dim: int = 96                   # scratch only: width
+    n_layers: int = 3               # scratch only
+    n_heads: int = 4                # scratch only; half as many key/value heads
+    dropout: float = 0.0            # scratch only
+    pretrain_iters: int = 600       # scratch only: steps on the web corpus or the catalog's cards
+    pretrain_lr: float = 2e-3       # scratch only
+    # SFT
+    batch_size: int = 16            # windows (SFT) or histories (self-play) a step
+    lora_rank: int = 16             # rank of both adapters, scaled by 2
+    sft_full: bool = False          # train all weights in SFT, not an adapter (a small model from scratch)
+    sft_window: int = 20            # titles a training window holds
+    sft_iters: int = 3000           # steps at most; the learning rate falls to a tenth over them (cosine)
+    sft_lr: float = 1e-3
+    weight_decay: float = 0.01      # AdamW's, SFT and self-play
+    eval_every: int = 250           # steps between looks at validation NDCG
+    patience: int = 4               # looks without a better NDCG before SFT stops (0: never stops early)
+    # self-play
+    rounds: int = 4                 # T
+    round_iters: int = 150          # corrector steps a round, on as many fresh batches
+    lr: float = 2e-4                # of the corrector
+    num_negatives: int = 16         # S, items the opponent makes up for each history
+    temperature: float = 1.25       # tau of the opponent's sampling
+    lam: float = 1.0                # lambda of (6), (9): the strength of the anchor
+    alpha: float = 1.0              # weight of the opponent against SFT in the anchor; 1 is SPIN's
+    gamma: float = 0.4              # gain of the controller (7); 0 turns the reweighting off
+
+
+PRESETS = {                         # what a data set changes; then what a model from scratch on it changes
+    "toy": dict(init_from="scratch", history=15, sft_window=15, sft_iters=500, eval_every=100, batch_size=32, round_iters=60,
+                rounds=5, lr=1e-3, sft_lr=3e-3, eval_batch=200),
+    "ml100k": dict(),
+    "ml1m": dict(sft_iters=8000, eval_every=500, batch_size=32),
+    "scratch": dict(dim=160, n_layers=3, n_heads=5, dropout=0.2, sft_full=True, sft_window=30, history=30, sft_lr=2e-3, sft_iters=5000,
+                    weight_decay=0.1, lr=1e-3),
+}
+CHOICES = {"dataset": ("toy", "ml100k", "ml1m"), "group_by": ("genre", "popularity"), "tokens": ("text", "items"),
+           "device": ("auto", "cuda", "cpu", "mps"), "dtype": ("auto", "bfloat16", "float16", "float32"),
+           "compile": ("auto", "True", "False")}
+AT_LEAST = dict(holdout=1, max_users=0, history=1, topk=1, batch_size=1, eval_batch=1, lora_rank=1, sft_window=2, sft_iters=0,
+                eval_every=1, rounds=0, round_iters=1, num_negatives=1, gamma=0, lam=0, alpha=0, pretrain_iters=0, dropout=0)
+
+
+def nearest(word, options):
+    close = difflib.get_close_matches(word, options, 1)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(options)}"
+
+
+def configure(argv):
+    """['--key=value', ...] -> Config: the class's defaults, the data set's preset, then what was typed. InputError in a line."""
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    typed = {}
+    for arg in argv:
+        key, eq, value = arg.partition("=")
+        if not key.startswith("--") or not eq:
+            raise data.InputError(f"{arg!r}: options are written --key=value")
+        key = key[2:]
+        if key not in fields:
+            raise data.InputError(f"unknown option --{key}{nearest(key, fields)}")
+        kind = fields[key].type
+        try:
+            typed[key] = {"True": True, "False": False}[value] if kind is bool else kind(value)
+        except (ValueError, KeyError):
+            raise data.InputError(f"--{key}={value}: expected {'True or False' if kind is bool else kind.__name__}") from None
+    name = typed.get("dataset", Config.dataset)
+    if name not in PRESETS or name == "scratch":
+        raise data.InputError(f"--dataset={name}: no such data set{nearest(name, CHOICES['dataset'])}")
+    preset = dict(PRESETS[name])
+    if name != "toy" and typed.get("init_from") == "scratch":
+        preset |= PRESETS["scratch"]
+    cfg = Config(**(preset | typed))
+    cfg.out_dir = cfg.out_dir or f"out/{cfg.dataset}"
+    for key, options in CHOICES.items():
+        if getattr(cfg, key) not in options:
+            raise data.InputError(f"--{key}={getattr(cfg, key)}: not known{nearest(getattr(cfg, key), options)}")
+    for key, low in AT_LEAST.items():
+        if not getattr(cfg, key) >= low:
+            raise data.InputError(f"--{key}={getattr(cfg, key)}: must be at least {low}")
+    for key in ("temperature", "sft_lr", "lr", "pretrain_lr"):
+        if not getattr(cfg, key) > 0:
+            raise data.InputError(f"--{key}={getattr(cfg, key)}: must be above 0")
+    if cfg.alpha > 1 or cfg.dropout >= 1:
+        raise data.InputError("--alpha must be at most 1 and --dropout under 1")
+    if cfg.dim % (2 * cfg.n_heads):
+        raise data.InputError(f"--dim={cfg.dim}: must be a multiple of twice --n_heads={cfg.n_heads}")
+    if cfg.init_from != "scratch" and (cfg.sft_full or cfg.tokens != "text"):
+        raise data.InputError("--sft_full and --tokens=items are for --init_from=scratch")
+    return cfg
+
+
+# ---------------------------------------------------------------------- the machine
+
+def choose_device(cfg):
+    """-> (torch.device, dtype of base and activations); prints both and why."""
+    name, why = cfg.device, "asked for"
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        why = "a GPU is here" if name == "cuda" else "no GPU is here"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise data.InputError("--device=cuda: torch sees no GPU here; --device=cpu, or install a torch with CUDA")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise data.InputError("--device=mps: torch sees no Apple GPU here; use --device=cpu")
+    dtype, reason = cfg.dtype, "asked for"
+    if dtype == "auto":
+        if name != "cuda":
+            dtype, reason = "float32", "not a CUDA device"
+        elif torch.cuda.get_device_capability()[0] >= 8:
+            dtype, reason = "bfloat16", "the GPU computes in it"
+        else:
+            dtype, reason = "float16", "the GPU has no bfloat16; gradients are scaled"
+    card = torch.cuda.get_device_name() if name == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"device {name} ({why}; {card}), {dtype} ({reason}), adapters and optimizer in float32")
+    return torch.device(name), getattr(torch, dtype)
+
+
+# ---------------------------------------------------------------------- the run
+
+class Policies:
+    """The three policies by name, over one frozen base: policies("pretrained" | "sft" | "player") -> the model, switched.
+
+    `tuned` is the base itself, carrying the adapters "sft" and "player". Only with sft_full is it a second model (a copy that
+    SFT trains whole, then frozen in its turn; its "player" adapter starts at zero, which is the SFT model).
+    """
+
+    def __init__(self, base, full):
+        self.base, self.full = base, full
+        self.tuned = copy.deepcopy(base) if full else base
+        self.compiled = {}
+
+    def __call__(self, name, compiled=False):
+        model = self.base if name == "pretrained" else self.tuned
+        model.use(None if name == "pretrained" or (self.full and name == "sft") else name)
+        return self.compiled.setdefault(id(model), torch.compile(model, dynamic=True)) if compiled else model
+
+
+class Run:
+    """What the stages share: configuration, data, catalog, policies, the log. One instance a run."""
+
+    def __init__(self, cfg):
+        self.cfg, self.start = cfg, time.time()
+        self.device, self.dtype = choose_device(cfg)
+        self.compile = cfg.compile == "True" or (cfg.compile == "auto" and self.device.type == "cuda")
+        self.multiple = 64 if self.compile else 8                          # prompts are padded to this many tokens
+        torch.manual_seed(cfg.seed)
+        self.rng = np.random.default_rng(cfg.seed)
+        self.ds = ds = data.load_dataset(cfg.dataset, cfg.data_dir, cfg.group_by, cfg.holdout, cfg.max_users, cfg.seed)
+        if cfg.topk >= len(ds.titles):
+            raise data.InputError(f"--topk={cfg.topk}: the catalog has only {len(ds.titles)} titles")
+        base, self.tokenizer, self.source = self.build()
+        self.catalog = data.Catalog(ds.titles, ds.header, self.tokenizer, cfg.history)
+        self.catalog.trie.to(self.device)
+        base.to(self.device)
+        base.compute_dtype = self.dtype
+        self.base = base
+        self.out = Path(cfg.out_dir)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.log_file = open(self.out / "log.jsonl", "w")
+        self.cases = {split: ds.cases(split) for split in ("val", "test")}
+        n = sum(map(len, ds.histories))
+        print(f"{cfg.dataset}: {len(ds.users)} users, {len(ds.titles)} titles, {n} ratings, {len(ds.groups)} groups by {cfg.group_by}; "
+              f"{np.mean([len(t) for t in self.catalog.tokens]):.1f} tokens a title, "
+              f"{(self.catalog.trie.modes['trie'].step_node >= 0).sum(1).float().mean():.1f} of them choices")
+        print(f"model: {describe(base)}, from {self.source}; tokens: {self.tokenizer.name}")
+
+    def build(self):
+        """-> (model in float32 on the CPU, tokenizer, where it came from)."""
+        cfg, ds = self.cfg, self.ds
+        lines = [t + "\n" for t in ds.titles]
+        if cfg.init_from == "scratch":
+            if cfg.tokens == "items":
+                tok = data.item_tokenizer(ds)
+            else:
+                texts = lines + [ds.header] + ds.corpus
+                if cfg.dataset == "toy":
+                    raw = data.word_tokenizer(texts)
+                else:                                                          # the tokens of the pretrained model it stands beside
+                    folder, gguf, _ = data.fetch_model(Config.init_from, cfg.data_dir)
+                    raw = data.model_tokenizer(folder, gguf, texts)
+                tok = raw.compact(texts)
+            c = ModelConfig(tok.vocab_size, dim=cfg.dim, n_layers=cfg.n_layers, n_heads=cfg.n_heads, n_kv_heads=cfg.n_heads // 2 if cfg.n_heads % 2 == 0 else cfg.n_heads,
+                            head_dim=cfg.dim // cfg.n_heads, ffn_dim=8 * cfg.dim // 3, dropout=cfg.dropout)
+            return Model(c), tok, "scratch"
+        folder, gguf, source = data.fetch_model(cfg.init_from, cfg.data_dir)
+        try:
+            return load(folder, gguf), data.model_tokenizer(folder, gguf, lines + [ds.header]), source
+        except (OSError, ValueError) as e:
+            raise data.InputError(f"init_from={cfg.init_from}: {str(e).splitlines()[0]}") from None
+
+    def minutes(self):
+        return (time.time() - self.start) / 60
+
+    def log(self, **line):
+        self.log_file.write(json.dumps(line | {"minutes": round(self.minutes(), 3)}) + "\n")
+        self.log_file.flush()
+
+    # ------------------------------------------------------------------ one optimizer step, one evaluation
+
+    def optimizer(self, params, lr):
+        """AdamW over float32 parameters (matrices decay, vectors do not), and the scaler that float16 needs."""
+        groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": self.cfg.weight_decay},
+                  {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+        opt = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+        return opt, torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def step(self, loss, params, opt, scaler):
+        """Backward, clip to norm 1, update. With float16 the scaler leaves a step out when a gradient overflows."""
+        if not torch.isfinite(loss):
+            raise SystemExit(f"the loss is {loss.item()}: stopped (lower the learning rate)")
+        scaler.scale(loss).backward()
+        scaler.unscale_(opt)
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad(set_to_none=True)
+        return loss.item()
+
+    @torch.no_grad()
+    def measure(self, policy, split, over="trie", stage=None):
+        """Top-K lists and log-loss of a policy on every case of a split -> metrics.report's dict, with the lists. Logs a line."""
+        cfg, t0 = self.cfg, time.time()
+        user, history, target = self.cases[split]
+        model = self.policies(policy).eval()
+        order = np.argsort([-len(h[-cfg.history:]) for h in history], kind="stable")   # like lengths together
+        lists, log_loss, run = np.empty((len(user), cfg.topk), int), np.empty(len(user)), 0
+        for i in tqdm(range(0, len(order), cfg.eval_batch), f"{stage or policy} {split}", leave=False, disable=None):
+            b = order[i:i + cfg.eval_batch]
+            search = selfplay.Search(model, self.catalog.trie, self.catalog.prompts([history[n] for n in b], self.device), over)
+            items = torch.as_tensor(target[b], device=self.device)[:, None]
+            log_loss[b] = -search.score(items)[:, 0].double().cpu().numpy()
+            seen = torch.zeros(len(b), len(self.ds.titles), dtype=torch.bool, device=self.device)
+            for row, n in enumerate(b):
+                seen[row, history[n]] = True
+            items, _, n_run = search.top_k(cfg.topk, seen)
+            lists[b], run = items.cpu().numpy(), run + int(n_run.sum())
+        row = metrics.report(self.ds.credit, user, [h[-cfg.history:] for h in history], lists, target, log_loss)
+        k = cfg.topk
+        self.log(event="eval", stage=stage or policy, split=split, over=over, prefixes=run / len(user), seconds=time.time() - t0,
+                 **{m: row[m] for m in row if m not in ("ci", "E", "E_star")})
+        print(f"[{self.minutes():5.1f} min] {stage or policy:>14} {split:4} {over:5} HR@{k} {row[f'HR@{k}']:.4f}  NDCG@{k} {row[f'NDCG@{k}']:.4f}  "
+              f"MGU@{k} {row[f'MGU@{k}']:.4f}  DGU@{k} {row[f'DGU@{k}']:.4f}  log-loss {row['log_loss']:.3f}  coverage {row['coverage']:.3f}  "
+              f"({run / len(user):.0f} prefixes a user, {time.time() - t0:.0f} s)", flush=True)
+        return row | {"stage": stage or policy, "over": over, "lists": lists, "minutes": round(self.minutes(), 2)}
+
+    # ------------------------------------------------------------------ the stages
+
+    def pretrain(self):
+        """From scratch only: plain next-token training on the corpus (the toy's web, or cards of the catalog), so that the model
+        starts with a knowledge, and a bias, that the users' histories did not give it."""
+        cfg, model = self.cfg, self.base
+        docs = [torch.tensor(list(self.tokenizer.prefix) + self.tokenizer.encode(t)) for t in self.ds.corpus]
+        params = list(model.parameters())
+        opt, scaler = self.optimizer(params, cfg.pretrain_lr)
+        model.train()
+        bar = tqdm(range(cfg.pretrain_iters), "pretrain", disable=None, leave=False)
+        for it in bar:
+            set_lr(opt, cfg.pretrain_lr, it, cfg.pretrain_iters)
+            batch = [docs[k] for k in self.rng.integers(len(docs), size=2 * cfg.batch_size)]
+            length = torch.tensor([len(d) for d in batch], device=self.device)
+            tokens = data.pad(batch, self.multiple).to(self.device)
+            logits = model.logits(model(tokens[:, :-1]))
+            real = torch.arange(1, tokens.shape[1], device=self.device) < length[:, None]
+            loss = self.step(torch.nn.functional.cross_entropy(logits[real], tokens[:, 1:][real]), params, opt, scaler)
+            if it % 20 == 0:
+                bar.set_postfix(loss=f"{loss:.3f}")
+                self.log(event="pretrain", it=it, loss=loss)
+
+    def sft(self):
+        """Maximise (1) on windows of the histories, every title but a window's first; keep the weights of the best validation NDCG."""
+        cfg, policies, k = self.cfg, self.policies, f"NDCG@{self.cfg.topk}"
+        if cfg.sft_full:
+            params = [p.requires_grad_() for p in policies.tuned.parameters()]
+            for p in params:
+                p.data = p.data.float()
+            save = lambda: copy.deepcopy(policies.tuned.state_dict())
+            restore = policies.tuned.load_state_dict
+        else:
+            policies.tuned.add_adapter("sft", cfg.lora_rank)
+            params = policies.tuned.adapter_parameters("sft")
+            save = lambda: policies.tuned.adapter_state("sft")
+            restore = lambda state: policies.tuned.load_adapter("sft", state)
+        opt, scaler = self.optimizer(params, cfg.sft_lr)
+        windows = data.training_windows(self.ds, cfg.sft_window, self.rng)
+        best, best_state, since = -1.0, save(), 0
+        bar = tqdm(range(cfg.sft_iters), "sft", disable=None, leave=False)
+        for it in bar:
+            set_lr(opt, cfg.sft_lr, it, cfg.sft_iters)
+            model = policies("sft", self.compile).train()
+            tokens, at, node, child, n = self.catalog.window_batch([next(windows) for _ in range(cfg.batch_size)], self.device, self.multiple)
+            hidden = model(tokens).flatten(0, 1)[at]
+            loss = -selfplay.step_log_prob(model, self.catalog.trie, hidden, node, child).sum() / n    # nats a title
+            loss = self.step(loss, params, opt, scaler)
+            if it % 10 == 0:
+                bar.set_postfix(log_loss=f"{loss:.3f}", best=f"{best:.4f}")
+                self.log(event="sft", it=it, loss=loss)
+            if (it + 1) % cfg.eval_every == 0 or it + 1 == cfg.sft_iters:
+                score = self.measure("sft", "val", stage=f"sft {it + 1}")[k]
+                if score > best:
+                    best, best_state, since = score, save(), 0
+                else:
+                    since += 1
+                if since == cfg.patience:
+                    print(f"no better validation {k} in {since} looks: SFT stops at step {it + 1}")
+                    break
+        restore(best_state)
+        policies.tuned.freeze()
+
+    def correct(self, items, logq_t, logq_sft, histories, weights, optimizer):
+        """A round's corrector steps: minimise (9) on what `selfplay.play` made. -> mean loss and judger's accuracy."""
+        cfg, losses, right = self.cfg, [], []
+        opt, scaler = optimizer
+        params = self.policies.tuned.adapter_parameters("player")
+        bar = tqdm(range(0, len(items), cfg.batch_size), "correct", disable=None, leave=False)
+        for it, i in enumerate(bar):
+            b = slice(i, i + cfg.batch_size)
+            model = self.policies("player", self.compile).train()
+            logq = selfplay.log_q(model, self.catalog.trie, self.catalog.prompts(histories[b], self.device, self.multiple), items[b])
+            f = judger.score(logq, logq_t[b], logq_sft[b], cfg.lam, cfg.alpha)
+            losses.append(self.step(corrector.loss(f, weights[items[b, 0]]), params, opt, scaler))
+            right.append(judger.accuracy(f.detach()))
+            if it % 10 == 0:
+                bar.set_postfix(loss=f"{losses[-1]:.3f}", judger=f"{np.mean(right[-20:]):.3f}")
+                self.log(event="correct", it=it, loss=losses[-1], judger_accuracy=right[-1])
+        return np.mean(losses), np.mean(right)
+
+    def play_rounds(self, E_pre):
+        """The game: judge the groups (7) -> play -> correct (9) -> measure, `rounds` times. Yields a test row a round."""
+        cfg, ds = self.cfg, self.ds
+        tuned = self.policies.tuned
+        tuned.add_adapter("player", cfg.lora_rank, like=None if cfg.sft_full else "sft")
+        optimizer = self.optimizer(tuned.adapter_parameters("player"), cfg.lr)
+        set_lr(optimizer[0], cfg.lr, 1, 0)
+        generator = torch.Generator(self.device).manual_seed(cfg.seed)
+        log_v, val = np.zeros(len(ds.groups)), self.measure("sft", "val")
+        for t in range(1, cfg.rounds + 1):
+            E_star, E_t = np.array(val["E_star"]), np.array(val["E"])
+            log_v = judger.control(log_v, E_star, E_t, cfg.gamma)
+            from_pretraining, from_tuning = judger.verdict_parts(E_star, E_pre, E_t)
+            g = int(np.abs(log_v).argmax())
+            print(f"round {t}: judge: log v from {log_v.min():+.2f} to {log_v.max():+.2f}, most for {ds.groups[g]} ({log_v[g]:+.2f}; "
+                  f"error now {from_pretraining[g]:+.2f} from pretraining {from_tuning[g]:+.2f} since)")
+            histories, targets = data.training_cases(ds, cfg.round_iters * cfg.batch_size, self.rng)
+            tuned.eval()
+            bar = lambda loop: tqdm(loop, "play", disable=None, leave=False)
+            items, logq_t, logq_sft = selfplay.play(self.policies, self.catalog, histories, targets, cfg.num_negatives, cfg.temperature,
+                                                    cfg.eval_batch, cfg.alpha, bar, generator)
+            weights = torch.as_tensor(judger.item_weights(ds.credit, log_v), dtype=torch.float32, device=self.device)
+            loss, right = self.correct(items, logq_t, logq_sft, histories, weights, optimizer)
+            self.log(event="round", round=t, log_v=log_v.tolist(), from_pretraining=from_pretraining.tolist(), from_tuning=from_tuning.tolist(),
+                     loss=loss, judger_accuracy=right)
+            print(f"round {t}: play and correct: loss {loss:.3f} (log(1 + S) = {math.log(1 + cfg.num_negatives):.3f}), judger right on {right:.3f} of pairs")
+            val = self.measure("player", "val", stage=f"ufo-{t}")
+            yield self.measure("player", "test", stage=f"ufo-{t}")
+
+    def yardsticks(self):
+        """What needs no language model: the uniform distribution, and popularity in the training histories (add-one)."""
+        user, history, target = self.cases["test"]
+        count = self.ds.train_counts() + 1.0
+        lists = np.empty((len(user), self.cfg.topk), int)
+        for n, h in enumerate(history):
+            c = count.copy()
+            c[h] = -1
+            lists[n] = np.argsort(-c, kind="stable")[:self.cfg.topk]
+        row = metrics.report(self.ds.credit, user, [h[-self.cfg.history:] for h in history], lists, target, -np.log(count / count.sum())[target])
+        return {"uniform": {"log_loss": math.log(len(self.ds.titles)), f"HR@{self.cfg.topk}": self.cfg.topk / len(self.ds.titles)}, "popularity": row}
+
+
+def set_lr(opt, peak, it, total):
+    """Twenty steps of warm-up, then a cosine from peak to a tenth of it over `total` steps; total = 0: constant at the peak."""
+    cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * it / total)) if total else 1.0
+    for group in opt.param_groups:
+        group["lr"] = peak * cosine * (min(1.0, (it + 1) / 20) if total else 1.0)
+
+
+# ---------------------------------------------------------------------- what is said at the end
+
+def origin_report(run, pre, sft, last):
+    """Equation (5), per group and in words. -> the `origins` of results.json."""
+    ds, history = run.ds, run.cfg.history
+    user, shown, _ = run.cases["test"]
+    star, E_pre, E_sft, E_ufo = (np.array(x) for x in (sft["E_star"], pre["E"], sft["E"], last["E"]))
+    o = judger.origins(star, E_pre, E_sft)
+    sums = [metrics.group_sums(ds.credit, x) for x in ([h[-history:] for h in shown], pre["lists"], sft["lists"])]
+    debiased, ci = judger.covariance_debiased(*sums, user)
+    print(f"\nWhere the unfairness comes from (test; exposure in per cent; pretrained: over={pre['over']})")
+    print(f"{'group':>14} {'E*':>7} {'E_pre':>7} {'E_sft':>7} {'E_ufo':>7} {'b':>7} {'shift':>7}")
+    for g in np.argsort(-o["b"]):
+        print(f"{ds.groups[g]:>14} " + " ".join(f"{100 * x[g]:7.2f}" for x in (star, E_pre, E_sft, E_ufo)) + f" {100 * o['b'][g]:+7.2f} {100 * o['shift'][g]:+7.2f}")
+    verb = "amplified" if ci[0] > 0 else "worked against" if ci[1] < 0 else "neither clearly amplified nor worked against"
+    print(f"SFT {verb} the pretraining bias: Cov(b, shift) = {debiased:+.2e} [{ci[0]:+.2e}, {ci[1]:+.2e}] without noise bias (plain {o['covariance']:+.2e}, correlation {o['correlation']:+.2f})")
+    found = {"groups": ds.groups, "E_star": star.tolist(), "E_pre": E_pre.tolist(), "E_sft": E_sft.tolist(), "E_ufo": E_ufo.tolist(),
+             "b": o["b"].tolist(), "shift": o["shift"].tolist(), "covariance": debiased, "covariance_ci": ci,
+             "covariance_plain": o["covariance"], "correlation": o["correlation"], "over": pre["over"]}
+    if ds.planted is not None and run.cfg.group_by == "genre":
+        rank = lambda x: np.argsort(np.argsort(x))
+        found |= {"planted": ds.planted.tolist(), "planted_rank_correlation": float(np.corrcoef(rank(o["b"]), rank(ds.planted))[0, 1])}
+        print(f"the judger's b against the planted skew of the web corpus: rank correlation {found['planted_rank_correlation']:.2f}")
+    return found
+
+
+def results_table(rows, yardsticks, k):
+    """The table by stage, with 95 % intervals over users."""
+    names = [f"HR@{k}", f"NDCG@{k}", f"MGU@{k}", f"DGU@{k}", "log_loss"]
+    print(f"\n{'test':>17} | " + " | ".join(f"{n:^22}" for n in names) + " | coverage | minutes")
+    for stage, row in [*yardsticks.items(), *((r["stage"], r) for r in rows)]:
+        cells = [f"{row[n]:.4f} [{row['ci'][n][0]:.4f}, {row['ci'][n][1]:.4f}]" if "ci" in row else f"{row[n]:.4f}" if n in row else "" for n in names]
+        print(f"{stage:>17} | " + " | ".join(f"{c:22}" for c in cells) + (f" | {row['coverage']:8.3f}" if "coverage" in row else " |         ") +
+              (f" | {row['minutes']:7.1f}" if "minutes" in row else " |"))
+    print(f"MGU of a perfectly fair policy would read about {rows[-1]['MGU_floor']:.4f} here, from sampling noise alone")
+
+
+def example_lists(run, sft, last, n=3):
+    """Three users' lists before and after, with what they watched last."""
+    ds, (_, history, target) = run.ds, run.cases["test"]
+    about = lambda i: f"{ds.titles[i]} ({', '.join(g for g, c in zip(ds.groups, ds.credit[i]) if c)})"
+    for case in np.linspace(0, len(target) - 1, n).astype(int):
+        print(f"\nuser {ds.users[run.cases['test'][0][case]]} watched ... {'; '.join(about(i) for i in history[case][-4:])}; next was {about(target[case])}")
+        for name, row in (("sft", sft), (last["stage"], last)):
+            print(f"  {name:>6}: " + "; ".join(("*" if i == target[case] else "") + about(i) for i in row["lists"][case][:5]))
+
+
+def versions(run):
+    import importlib.metadata as meta
+    found = {p: meta.version(p) for p in ("torch", "transformers", "tiktoken", "numpy")}
+    card = torch.cuda.get_device_name() if run.device.type == "cuda" else platform.machine()
+    return found | {"python": platform.python_version(), "base": run.source, "device": f"{run.device.type} {card}", "dtype": str(run.dtype)[6:]}
+
+
+def main(cfg):
+    print(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
+    run = Run(cfg)
+    if cfg.init_from == "scratch" and cfg.pretrain_iters and cfg.tokens == "text":
+        run.pretrain()
+    run.base.freeze()
+    run.policies = Policies(run.base, cfg.sft_full)
+
+    pre = run.measure("pretrained", "test")
+    rows = [pre, run.measure("pretrained", "test", over="vocab", stage="pretrained-vocab")]
+    E_pre = np.array(run.measure("pretrained", "val")["E"])
+    run.sft()
+    sft = run.measure("sft", "test")
+    rows.append(sft)
+    for row in run.play_rounds(E_pre):
+        rows.append(row)
+
+    last, yardsticks = rows[-1], run.yardsticks()
+    origins = origin_report(run, pre, sft, last)
+    example_lists(run, sft, last)
+    results_table(rows, yardsticks, cfg.topk)
+    k = f"MGU@{cfg.topk}"
+    print(f"{k}: {last[k] / sft[k] - 1:+.0%} against SFT; {run.minutes():.1f} minutes in all; results in {run.out}/results.json")
+    plain = [{key: v for key, v in row.items() if key != "lists"} for row in rows]
+    with open(run.out / "results.json", "w") as f:
+        json.dump({"config": dataclasses.asdict(cfg), "versions": versions(run), "origins": origins, "yardsticks": yardsticks, "rows": plain}, f, indent=1)
+    torch.save({"config": dataclasses.asdict(cfg), "tuned": run.policies.tuned.state_dict() if cfg.sft_full or cfg.init_from == "scratch" else
+                {k: v for k, v in run.policies.tuned.state_dict().items() if "lora_" in k}}, run.out / "model.pt")
+
+
+if __name__ == "__main__":
+    try:
+        main(configure(sys.argv[1:]))
+    except data.InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
