@@ -317,7 +317,7 @@ def popularity_groups(ds):
 def load_dataset(name, data_dir="data", group_by="genre", holdout=1, max_users=0, seed=0):
     """'toy' | 'ml100k' | 'ml1m' -> Dataset."""
     if name == "toy":
-        ds = toy_world(seed, holdout, max_users or 600)
+        ds = toy_world(seed, holdout, max_users or 900)
     else:
         folder = fetch_movielens({"ml100k": "ml-100k", "ml1m": "ml-1m"}[name], data_dir)
         ds = prepare(read_movielens(folder), "Movies watched, oldest first:\n", "movie", holdout, max_users)
@@ -328,6 +328,7 @@ def load_dataset(name, data_dir="data", group_by="genre", holdout=1, max_users=0
 
 # ---------------------------------------------------------------------- the toy world
 
+THEME=float(os.environ.get("THEME",.5)); TASTE=float(os.environ.get("TASTE",4)); LEAVE=float(os.environ.get("LEAVE",.8)); WEBPOP=float(os.environ.get("WEBPOP",.5)); STEEP=float(os.environ.get("STEEP",1.1));
 TOY = {   # genre: words that hint at it; the titles are made of them
     "Action": "Savage Rapid Iron Deadly Burning Striker Bullet Raid Fury Pursuit Commando Blast",
     "Comedy": "Silly Awkward Clumsy Cheerful Lucky Roommate Wedding Prank Vacation Uncle Barber Picnic",
@@ -340,7 +341,7 @@ TOY = {   # genre: words that hint at it; the titles are made of them
 }
 
 
-def toy_world(seed=0, holdout=1, n_users=600, per_genre=30, skew=0.9):
+def toy_world(seed=0, holdout=1, n_users=900, per_genre=36, skew=float(os.environ.get("SKEW",1.1))):
     """A small world in which both sources of unfairness are planted and known. Seconds to make, the same for a seed.
 
     The web writes about genre g exp(log-skew(g)) times as much as the users watch it (`Dataset.planted`): the bias of
@@ -356,8 +357,8 @@ def toy_world(seed=0, holdout=1, n_users=600, per_genre=30, skew=0.9):
     titles, credit = [], []
     for g, name in enumerate(names):
         made = 0
-        while made < per_genre:
-            other = int(rng.integers(G)) if rng.random() < .2 else g               # a fifth belong to two genres
+        while made < per_genre:                                                    # the most popular of the genre first
+            other = (g + 1 + made // 5) % G if made % 5 == 4 else g                # a fifth belong to two genres
             adjective, noun = rng.choice(words[name][0]), rng.choice(words[names[other]][1])
             second = rng.choice(words[name][1])
             title = [f"The {adjective} {noun}", f"{adjective} {noun}", f"The {second} and the {noun}", f"{second} of the {noun}"][rng.integers(4)]
@@ -366,15 +367,15 @@ def toy_world(seed=0, holdout=1, n_users=600, per_genre=30, skew=0.9):
                 credit.append((np.eye(G)[g] + np.eye(G)[other]) / 2)
                 made += 1
     credit, genre = np.array(credit), np.repeat(np.arange(G), per_genre)
-    steep = 0.6 + 0.5 * (planted + skew) / (2 * skew)                              # Zipf exponent in each genre
-    popular = np.concatenate([rng.permutation((np.arange(per_genre) + 1.) ** -s) for s in steep])
+    steep = 0.2 + STEEP * (planted + skew) / (2 * skew)                            # Zipf exponent in each genre
+    popular = np.concatenate([(np.arange(per_genre) + 1.) ** -s for s in steep])
     popular /= np.bincount(genre, popular)[genre]                                  # sums to 1 in every genre
 
     def history():
-        tastes, n = rng.dirichlet(np.full(G, .5), 2), int(rng.integers(16, 41))
+        tastes, n = rng.dirichlet(np.full(G, TASTE), 2), int(rng.integers(10, 19))
         seen, g = [], 0
         for t in range(n):
-            if t == 0 or rng.random() < .5:
+            if t == 0 or rng.random() < LEAVE:
                 g = rng.choice(G, p=tastes[0] * (1 - t / n) + tastes[1] * t / n)
             p = np.where(genre == g, popular, 0)
             p[seen] = 0
@@ -383,15 +384,23 @@ def toy_world(seed=0, holdout=1, n_users=600, per_genre=30, skew=0.9):
             seen.append(int(rng.choice(len(p), p=p / p.sum())))
         return np.array(seen)
 
-    web = np.exp(planted)[genre] * popular ** .5
-    web /= web.sum()
+    web = np.exp(planted) / np.exp(planted).sum()                                  # how much the web writes about each genre
+    famous = popular ** WEBPOP                                                        # the web knows the hits too, but less
     header, corpus = "Films watched, oldest first:\n", []
-    for _ in range(3000):                                                          # lists of titles somebody wrote down
-        corpus.append(header + "".join(titles[i] + "\n" for i in rng.choice(len(titles), 8, replace=False, p=web)))
+    for _ in range(3000):                                                          # lists of titles, half of the time on with a genre
+        listed, g = [], 0
+        while len(listed) < 8:
+            if not listed or rng.random() < THEME:
+                g = rng.choice(G, p=web)
+            i = int(rng.choice(len(titles), p=np.where(genre == g, famous, 0) / famous[genre == g].sum()))
+            listed += [i] if i not in listed else []
+        corpus.append(header + "".join(titles[i] + "\n" for i in listed))
     for i in np.repeat(np.arange(len(titles)), 3):                                 # and a card for every title
         about = " and ".join(names[g] for g in np.flatnonzero(credit[i]))
         corpus.append(f"{titles[i]} is a {about} film.\n")
     histories = [h for h in (history() for _ in range(n_users)) if len(h) >= 2 * holdout + 3]
+    watched = np.concatenate(histories)
+    planted = (credit * (web / per_genre)[genre, None]).sum(0) - credit[watched].mean(0)
     return Dataset(titles, names, credit, histories, list(range(len(histories))), header, corpus, holdout, planted)
 
 
@@ -645,6 +654,13 @@ class Catalog:
         docs = [self.document(h[-self.history:])[0] for h in histories]
         return pad(docs, multiple).to(device), torch.tensor([len(d) for d in docs], device=device)
 
+    def branches(self, windows, places, device="cpu", multiple=1):
+        """Windows of titles, and places (B, A) in each -> tokens (B, P) of the whole windows, lengths (B, A): how many tokens
+        come before the title at each place. Every place is a prompt of its own, and they share one row."""
+        docs, starts = zip(*(self.document(w) for w in windows))
+        length = np.stack([np.array(s)[p] for s, p in zip(starts, places)])
+        return pad(docs, multiple).to(device), torch.as_tensor(length, device=device)
+
     def window_batch(self, windows, device="cpu", multiple=1):
         """Windows of titles -> every choice in every title but the first, as prediction targets (METHOD 2).
 
@@ -689,8 +705,6 @@ def training_windows(ds, size, rng):
             yield epoch[k]
 
 
-def training_cases(ds, n, rng):
-    """n (history, next item) pairs cut from the training histories at random, every possible target equally likely."""
-    ends = np.concatenate([[(u, t) for t in range(1, len(ds.train(u)))] for u in range(len(ds.users))])
-    picks = ends[rng.integers(len(ends), size=n)]
-    return [ds.train(u)[:t] for u, t in picks], np.array([ds.train(u)[t] for u, t in picks])
+def draw_places(windows, n, rng):
+    """For each window, n of its titles but the first, drawn without repetition where it is long enough -> (B, n)."""
+    return np.stack([1 + rng.choice(len(w) - 1, n, replace=len(w) - 1 < n) for w in windows])

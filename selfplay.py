@@ -13,6 +13,7 @@ probabilities sum to less than one, and what is missing went to titles that do n
 B rows, P prompt tokens, Q trie nodes in a row, M items in a row, S samples, N nodes and I items of the trie, C children.
 """
 
+import numpy as np
 import torch
 
 NEG = float("-inf")
@@ -55,37 +56,43 @@ def step_log_prob(model, trie, hidden, nodes, child, over="trie"):
 
 
 def log_q(model, trie, prompt, items, over="trie"):
-    """Exact log q of given items under (1), differentiable, in one pass: prompt (tokens (B,P), lengths (B,)), items (B,M) -> (B,M).
+    """Exact log q of given items under (1), differentiable, in one pass.
 
-    A row is its prompt followed by the distinct trie nodes at or above the last decision of each of its items. Titles that
-    begin alike share those nodes; forced tokens after the last decision are never computed.
+    prompt: documents (B,P) and, for each, A places to branch off, given as lengths (B,A) in tokens: the document's first so
+    many tokens are the history of that branch. items (B,A,M) -> (B,A,M).
+
+    A row is the document followed, for every branch, by the distinct trie nodes at or above the last decision of each of its
+    items. Titles that begin alike share those nodes; forced tokens after the last decision are never computed; a node sees
+    its branch's part of the document and its own ancestors, and its position goes on from where the branch leaves.
     """
-    (tokens, length), mode = prompt, trie.modes[over]
-    (B, P), device = tokens.shape, tokens.device
-    path = trie.path[items]                                                        # (B,M,D)
+    (tokens, length), mode, N = prompt, trie.modes[over], trie.n_nodes
+    (B, P), A, device = tokens.shape, length.shape[1], tokens.device
+    branch = torch.arange(A, device=device)[:, None, None]
+    path = trie.path[items]                                                        # (B,A,M,D)
     last = mode.step_node[items].amax(-1, keepdim=True)                            # breadth first: deeper is larger
-    needed = torch.where((path >= 0) & (path <= last), path, -1)
-    nodes = unique_rows(needed.flatten(1))                                         # (B,Q)
-    Q = nodes.shape[1]
-    row = torch.cat([tokens, trie.token[nodes].where(nodes >= 0, 0)], 1)
-    at = torch.cat([torch.arange(P, device=device).expand(B, P), length[:, None] + trie.depth[nodes] - 1], 1)
+    key = torch.where((path >= 0) & (path <= last), branch * N + path, -1)
+    key = unique_rows(key.flatten(1))                                              # (B,Q) a (branch, node) each
+    real, of, nodes = key >= 0, key.clamp(min=0) // N, torch.where(key >= 0, key % N, -1)
+    seen = length.gather(1, of)                                                    # (B,Q) tokens of the document a node sees
     place = torch.arange(P, device=device)
+    row = torch.cat([tokens, trie.token[nodes].where(real, 0)], 1)
+    at = torch.cat([place.expand(B, P), seen + trie.depth[nodes] - 1], 1)
     causal = (place[None, :] <= place[:, None]).expand(B, P, P)
-    in_prompt = (place < length[:, None])[:, None].expand(B, Q, P)
-    mask = torch.cat([torch.cat([causal, causal.new_zeros(B, P, Q)], 2),
-                      torch.cat([in_prompt, look(trie, nodes, nodes)], 2)], 1)
+    tree = look(trie, nodes, nodes) & (of[:, :, None] == of[:, None, :])
+    mask = torch.cat([torch.cat([causal, causal.new_zeros(B, P, key.shape[1])], 2),
+                      torch.cat([place < seen[:, :, None], tree], 2)], 1)
     hidden = model(row, at, mask)
-    # decisions of the row: the root, seen from the prompt's last token, and every decision among its nodes
-    root = hidden[torch.arange(B, device=device), length - 1]
-    hidden = torch.cat([root[:, None], hidden[:, P:]], 1)                          # (B,1+Q,D)
-    nodes = torch.cat([nodes.new_zeros(B, 1), nodes], 1)
+    # the decisions: each branch's root, seen from the last token before it, and those among the nodes
+    roots = hidden.gather(1, (length - 1)[:, :, None].expand(-1, -1, hidden.shape[-1]))
+    hidden = torch.cat([roots, hidden[:, P:]], 1)                                  # (B,A+Q,D)
+    nodes = torch.cat([nodes.new_zeros(B, A), nodes], 1)
     chosen = (nodes >= 0) & mode.decision[nodes]
     logits, norm = decide(model, trie, hidden[chosen], nodes[chosen], over)
-    index = chosen.flatten().cumsum(0).view(B, 1 + Q) - 1                          # (b, place) -> its row of logits
-    u, child = mode.step_node[items], mode.step_child[items]                       # (B,M,J)
-    sorted_nodes = nodes.where(nodes >= 0, 2 ** 62)
-    where = torch.searchsorted(sorted_nodes, u.clamp(min=0).flatten(1)).view(u.shape)
-    r = index.gather(1, where.flatten(1)).view(u.shape)
+    index = chosen.flatten().cumsum(0).view(B, -1) - 1                             # (b, place in the row) -> row of logits
+    u, child = mode.step_node[items], mode.step_child[items]                       # (B,A,M,J)
+    found = torch.searchsorted(key.where(real, 2 ** 62), (branch * N + u).clamp(min=0).flatten(1)).view(u.shape)
+    where = torch.where(u == 0, branch, A + found)
+    r = index.gather(1, where.clamp(max=index.shape[1] - 1).flatten(1)).view(u.shape)
     step = logits[r, mode.column[child]] - norm[r]
     return step.masked_fill(u < 0, 0.0).sum(-1)
 
@@ -94,15 +101,19 @@ class Search:
     """The trie under a batch of prompts, grown on demand. logp (B,N): log-probability of every prefix known so far.
 
     logp[b, v] is known (finite) once the decision above node v has been expanded: for the next decisions and for finished
-    titles, never for the forced nodes between. Expanding a decision runs the tokens from the one above it, once.
+    titles, never for the forced nodes between. Expanding a decision runs the tokens from the one above it, once. As in `log_q`,
+    a document may be branched off at several places: with lengths (D,A) there are B = D * A rows, one a branch.
     """
 
     def __init__(self, model, trie, prompt, over="trie"):
         self.model, self.trie, self.over, self.mode = model, trie, over, trie.modes[over]
-        tokens, self.length = prompt
-        B, P = tokens.shape
-        self.cache, self.n_prompt = [], P
+        tokens, length = prompt                                                    # (D,P), (D,) or (D,A)
+        self.cache, self.n_prompt, self.length = [], tokens.shape[1], length.flatten()
         hidden = model(tokens, cache=self.cache)
+        B, A = len(self.length), len(self.length) // len(tokens)
+        if A > 1:                                                                  # the branches of a document share its pass
+            hidden = hidden.repeat_interleave(A, 0)
+            self.cache = [(k.repeat_interleave(A, 0), v.repeat_interleave(A, 0)) for k, v in self.cache]
         self.cached = tokens.new_empty(B, 0)                                       # trie nodes behind the prompt in the cache
         self.rows = torch.arange(B, device=tokens.device)                          # rows still in the cache
         self.logp = torch.full((B, trie.n_nodes), NEG, device=tokens.device)
@@ -207,21 +218,22 @@ class Search:
 
 
 @torch.no_grad()
-def play(policies, catalog, histories, targets, n, tau, batch_size, alpha=1.0, progress=iter, generator=None):
-    """A round of self-play: for every history the opponent makes up n items, and everything the loss needs is scored here.
+def play(policies, catalog, windows, places, n, tau, batch_size, alpha=1.0, progress=iter, generator=None):
+    """A round of self-play: at every place in every window the opponent makes up n items, and all that the loss needs is scored.
 
     policies(name) -> model with that adapter switched on ("player" is the opponent q_t as the round begins, "sft" the frozen
-    one). histories: R arrays, targets (R,) true next items. progress wraps the loop (tqdm). Returns items (R, 1+n) with the
-    true one first, log q_t and log q_sft of all of them, each (R, 1+n); with alpha = 1, log q_sft is not needed and is log q_t.
+    one). windows: R arrays of items; places (R,A): which of a window's titles are to be told from made-up ones (> 0, so that
+    there is a history). progress wraps the loop (tqdm). Returns items (R,A,1+n), the true one first, and log q_t and log q_sft of
+    all of them, (R,A,1+n) each; with alpha = 1, log q_sft is not needed and log q_t stands in its place.
     """
     out, trie = [], catalog.trie
-    device = trie.token.device
-    for i in progress(range(0, len(histories), batch_size)):
-        prompt = catalog.prompts(histories[i:i + batch_size], device)
+    for i in progress(range(0, len(windows), batch_size)):
+        w, p = windows[i:i + batch_size], places[i:i + batch_size]
+        prompt = catalog.branches(w, p, trie.token.device)
+        true = torch.as_tensor(np.stack([x[y] for x, y in zip(w, p)]), device=trie.token.device).view(-1, 1)
         search = Search(policies("player"), trie, prompt)
-        made_up = search.sample(n, tau, generator)
-        items = torch.cat([torch.as_tensor(targets[i:i + batch_size], device=device)[:, None], made_up], 1)
+        items = torch.cat([true, search.sample(n, tau, generator)], 1)
         logq_t = search.score(items)
         logq_sft = logq_t if alpha == 1 else Search(policies("sft"), trie, prompt).score(items)
-        out.append((items, logq_t, logq_sft))
+        out.append([x.view(len(w), -1, 1 + n) for x in (items, logq_t, logq_sft)])
     return tuple(torch.cat(x) for x in zip(*out))

@@ -37,7 +37,7 @@ class Config:
     out_dir: str = ""               # results.json, log.jsonl, model.pt; default out/<dataset>
     group_by: str = "genre"         # genre (an item with n genres gives 1/n to each) | popularity (quintiles)
     holdout: int = 1                # the last `holdout` items of a user are test, those before validation
-    max_users: int = 0              # keep this many users (0: all; toy: 600)
+    max_users: int = 0              # keep this many users (0: all; toy: 900)
     history: int = 20               # titles of the history that a prompt shows
     topk: int = 10                  # length K of a recommendation list
     seed: int = 0                   # of everything drawn; the toy world itself too
@@ -56,7 +56,7 @@ class Config:
     pretrain_iters: int = 600       # scratch only: steps on the web corpus or the catalog's cards
     pretrain_lr: float = 2e-3       # scratch only
     # SFT
-    batch_size: int = 16            # windows (SFT) or histories (self-play) a step
+    batch_size: int = 16            # windows a step, SFT and self-play
     lora_rank: int = 16             # rank of both adapters, scaled by 2
     sft_full: bool = False          # train all weights in SFT, not an adapter (a small model from scratch)
     sft_window: int = 20            # titles a training window holds
@@ -69,6 +69,7 @@ class Config:
     rounds: int = 4                 # T
     round_iters: int = 150          # corrector steps a round, on as many fresh batches
     lr: float = 2e-4                # of the corrector
+    branches: int = 8               # places in each window at which the game is played
     num_negatives: int = 16         # S, items the opponent makes up for each history
     temperature: float = 1.25       # tau of the opponent's sampling
     lam: float = 1.0                # lambda of (6), (9): the strength of the anchor
@@ -88,7 +89,7 @@ CHOICES = {"dataset": ("toy", "ml100k", "ml1m"), "group_by": ("genre", "populari
            "device": ("auto", "cuda", "cpu", "mps"), "dtype": ("auto", "bfloat16", "float16", "float32"),
            "compile": ("auto", "True", "False")}
 AT_LEAST = dict(holdout=1, max_users=0, history=1, topk=1, batch_size=1, eval_batch=1, lora_rank=1, sft_window=2, sft_iters=0,
-                eval_every=1, rounds=0, round_iters=1, num_negatives=1, gamma=0, lam=0, alpha=0, pretrain_iters=0, dropout=0)
+                eval_every=1, rounds=0, round_iters=1, branches=1, num_negatives=1, gamma=0, lam=0, alpha=0, pretrain_iters=0, dropout=0)
 
 
 def nearest(word, options):
@@ -354,7 +355,7 @@ class Run:
         restore(best_state)
         policies.tuned.freeze()
 
-    def correct(self, items, logq_t, logq_sft, histories, weights, optimizer):
+    def correct(self, windows, places, items, logq_t, logq_sft, weights, optimizer):
         """A round's corrector steps: minimise (9) on what `selfplay.play` made. -> mean loss and judger's accuracy."""
         cfg, losses, right = self.cfg, [], []
         opt, scaler = optimizer
@@ -363,9 +364,10 @@ class Run:
         for it, i in enumerate(bar):
             b = slice(i, i + cfg.batch_size)
             model = self.policies("player", self.compile).train()
-            logq = selfplay.log_q(model, self.catalog.trie, self.catalog.prompts(histories[b], self.device, self.multiple), items[b])
-            f = judger.score(logq, logq_t[b], logq_sft[b], cfg.lam, cfg.alpha)
-            losses.append(self.step(corrector.loss(f, weights[items[b, 0]]), params, opt, scaler))
+            prompt = self.catalog.branches(windows[b], places[b], self.device, self.multiple)
+            logq = selfplay.log_q(model, self.catalog.trie, prompt, items[b])              # (B, A, 1 + S)
+            f = judger.score(logq, logq_t[b], logq_sft[b], cfg.lam, cfg.alpha).flatten(0, 1)
+            losses.append(self.step(corrector.loss(f, weights[items[b, :, 0]].flatten()), params, opt, scaler))
             right.append(judger.accuracy(f.detach()))
             if it % 10 == 0:
                 bar.set_postfix(loss=f"{losses[-1]:.3f}", judger=f"{np.mean(right[-20:]):.3f}")
@@ -380,6 +382,7 @@ class Run:
         optimizer = self.optimizer(tuned.adapter_parameters("player"), cfg.lr)
         set_lr(optimizer[0], cfg.lr, 1, 0)
         generator = torch.Generator(self.device).manual_seed(cfg.seed)
+        windows = data.training_windows(ds, cfg.sft_window, self.rng)
         log_v, val = np.zeros(len(ds.groups)), self.measure("sft", "val")
         for t in range(1, cfg.rounds + 1):
             E_star, E_t = np.array(val["E_star"]), np.array(val["E"])
@@ -388,13 +391,14 @@ class Run:
             g = int(np.abs(log_v).argmax())
             print(f"round {t}: judge: log v from {log_v.min():+.2f} to {log_v.max():+.2f}, most for {ds.groups[g]} ({log_v[g]:+.2f}; "
                   f"error now {from_pretraining[g]:+.2f} from pretraining {from_tuning[g]:+.2f} since)")
-            histories, targets = data.training_cases(ds, cfg.round_iters * cfg.batch_size, self.rng)
+            batch = [next(windows) for _ in range(cfg.round_iters * cfg.batch_size)]
+            places = data.draw_places(batch, cfg.branches, self.rng)
             tuned.eval()
             bar = lambda loop: tqdm(loop, "play", disable=None, leave=False)
-            items, logq_t, logq_sft = selfplay.play(self.policies, self.catalog, histories, targets, cfg.num_negatives, cfg.temperature,
-                                                    cfg.eval_batch, cfg.alpha, bar, generator)
+            played = selfplay.play(self.policies, self.catalog, batch, places, cfg.num_negatives, cfg.temperature,
+                                   max(1, cfg.eval_batch // cfg.branches), cfg.alpha, bar, generator)
             weights = torch.as_tensor(judger.item_weights(ds.credit, log_v), dtype=torch.float32, device=self.device)
-            loss, right = self.correct(items, logq_t, logq_sft, histories, weights, optimizer)
+            loss, right = self.correct(batch, places, *played, weights, optimizer)
             self.log(event="round", round=t, log_v=log_v.tolist(), from_pretraining=from_pretraining.tolist(), from_tuning=from_tuning.tolist(),
                      loss=loss, judger_accuracy=right)
             print(f"round {t}: play and correct: loss {loss:.3f} (log(1 + S) = {math.log(1 + cfg.num_negatives):.3f}), judger right on {right:.3f} of pairs")
