@@ -328,7 +328,7 @@ def load_dataset(name, data_dir="data", group_by="genre", holdout=1, max_users=0
 
 # ---------------------------------------------------------------------- the toy world
 
-THEME=float(os.environ.get("THEME",.5)); TASTE=float(os.environ.get("TASTE",4)); LEAVE=float(os.environ.get("LEAVE",.8)); WEBPOP=float(os.environ.get("WEBPOP",.5)); STEEP=float(os.environ.get("STEEP",1.1));
+THEME=float(os.environ.get("THEME",.5)); TASTE=float(os.environ.get("TASTE",4)); LEAVE=float(os.environ.get("LEAVE",.8)); WEBPOP=float(os.environ.get("WEBPOP",.5)); STEEP=float(os.environ.get("STEEP",1.2));
 TOY = {   # genre: words that hint at it; the titles are made of them
     "Action": "Savage Rapid Iron Deadly Burning Striker Bullet Raid Fury Pursuit Commando Blast",
     "Comedy": "Silly Awkward Clumsy Cheerful Lucky Roommate Wedding Prank Vacation Uncle Barber Picnic",
@@ -341,7 +341,7 @@ TOY = {   # genre: words that hint at it; the titles are made of them
 }
 
 
-def toy_world(seed=0, holdout=1, n_users=900, per_genre=36, skew=float(os.environ.get("SKEW",1.1))):
+def toy_world(seed=0, holdout=1, n_users=900, per_genre=36, skew=float(os.environ.get("SKEW",.9))):
     """A small world in which both sources of unfairness are planted and known. Seconds to make, the same for a seed.
 
     The web writes about genre g exp(log-skew(g)) times as much as the users watch it (`Dataset.planted`): the bias of
@@ -387,15 +387,17 @@ def toy_world(seed=0, holdout=1, n_users=900, per_genre=36, skew=float(os.enviro
     web = np.exp(planted) / np.exp(planted).sum()                                  # how much the web writes about each genre
     famous = popular ** WEBPOP                                                        # the web knows the hits too, but less
     header, corpus = "Films watched, oldest first:\n", []
-    for _ in range(3000):                                                          # lists of titles, half of the time on with a genre
+    of_genre = [np.flatnonzero(genre == g) for g in range(G)]
+    among = [famous[i] / famous[i].sum() for i in of_genre]
+    for _ in range(8000):                                                          # lists of titles, half of the time on with a genre
         listed, g = [], 0
         while len(listed) < 8:
             if not listed or rng.random() < THEME:
                 g = rng.choice(G, p=web)
-            i = int(rng.choice(len(titles), p=np.where(genre == g, famous, 0) / famous[genre == g].sum()))
+            i = int(rng.choice(of_genre[g], p=among[g]))
             listed += [i] if i not in listed else []
         corpus.append(header + "".join(titles[i] + "\n" for i in listed))
-    for i in np.repeat(np.arange(len(titles)), 3):                                 # and a card for every title
+    for i in np.repeat(np.arange(len(titles)), 5):                                 # and cards for every title
         about = " and ".join(names[g] for g in np.flatnonzero(credit[i]))
         corpus.append(f"{titles[i]} is a {about} film.\n")
     histories = [h for h in (history() for _ in range(n_users)) if len(h) >= 2 * holdout + 3]

@@ -191,15 +191,17 @@ class Search:
     def top_k(self, k, seen, width=8):
         """The k most probable items of each row, `seen` (B,I) bool left out -> items (B,k), log q (B,k), prefixes run (B,).
 
-        Exact: a prefix is at least as probable as every title under it, so it is expanded, best first, up to `width` at a time,
-        only while it still beats the k-th best finished title. Where fewer than k items are left, the rest is -1 with -inf.
+        Exact: a prefix is at least as probable as every title under it, so it is expanded, best first, up to `width` at a time
+        (half as many again each time, for a model that knows little), only while it still beats the k-th best finished title.
+        Where fewer than k items are left, the rest is -1 with -inf.
         """
         decisions = self.mode.decision.nonzero()[:, 0]
         while True:
             titles = self.logp[self.rows[:, None], self.trie.leaf].masked_fill(seen[self.rows], NEG)
             kth = titles.topk(min(k, titles.shape[1]), 1).values[:, -1:]
             open_ = self.logp[self.rows[:, None], decisions].masked_fill(self.expanded[self.rows[:, None], decisions], NEG)
-            bound, which = open_.topk(min(width, len(decisions)), 1)
+            bound, which = open_.topk(min(int(width), len(decisions)), 1)
+            width *= 1.5
             want = bound > kth
             busy = want.any(1)
             if not busy.any():
