@@ -328,7 +328,6 @@ def load_dataset(name, data_dir="data", group_by="genre", holdout=1, max_users=0
 
 # ---------------------------------------------------------------------- the toy world
 
-THEME=float(os.environ.get("THEME",.5)); TASTE=float(os.environ.get("TASTE",4)); LEAVE=float(os.environ.get("LEAVE",.8)); WEBPOP=float(os.environ.get("WEBPOP",.5)); STEEP=float(os.environ.get("STEEP",1.2));
 TOY = {   # genre: words that hint at it; the titles are made of them
     "Action": "Savage Rapid Iron Deadly Burning Striker Bullet Raid Fury Pursuit Commando Blast",
     "Comedy": "Silly Awkward Clumsy Cheerful Lucky Roommate Wedding Prank Vacation Uncle Barber Picnic",
@@ -341,18 +340,18 @@ TOY = {   # genre: words that hint at it; the titles are made of them
 }
 
 
-def toy_world(seed=0, holdout=1, n_users=900, per_genre=36, skew=float(os.environ.get("SKEW",.9))):
+def toy_world(seed=0, holdout=1, n_users=900, per_genre=36, skew=0.75):
     """A small world in which both sources of unfairness are planted and known. Seconds to make, the same for a seed.
 
-    The web writes about genre g exp(log-skew(g)) times as much as the users watch it (`Dataset.planted`): the bias of
-    pretraining. The users like all genres alike, but the genres the web writes about have hits: their popularity is steeper.
-    A model fine-tuned on the users puts the hits into its top lists and so over-exposes the same genres again: the
-    amplification of SFT. Users start with one taste and drift to another, and half of the time stay with the genre of the
-    last title, so a history is worth reading.
+    Pretraining: the web writes about the genres it loves up to (1 + skew) / (1 - skew) times as much as about those it
+    neglects, while the users like all genres alike; `Dataset.planted` is each genre's share of the web less its share of the
+    histories. Fine-tuning: the genres the web loves have hits, that is a steeper popularity among the users (Zipf exponent .2
+    to 1). A model fine-tuned on the users puts the hits into its top lists and so over-exposes the same genres again.
+    Users drift from one taste to another, and sometimes stay with the genre of the last title.
     """
     rng = np.random.default_rng(seed)
     names, G = list(TOY), len(TOY)
-    planted = rng.permutation(np.linspace(-skew, skew, G))
+    rank = rng.permutation(G) / (G - 1)                                             # 0: the web neglects it, 1: it loves it
     words = {g: (w.split()[:5], w.split()[5:]) for g, w in TOY.items()}            # adjectives, nouns
     titles, credit = [], []
     for g, name in enumerate(names):
@@ -367,42 +366,41 @@ def toy_world(seed=0, holdout=1, n_users=900, per_genre=36, skew=float(os.enviro
                 credit.append((np.eye(G)[g] + np.eye(G)[other]) / 2)
                 made += 1
     credit, genre = np.array(credit), np.repeat(np.arange(G), per_genre)
-    steep = 0.2 + STEEP * (planted + skew) / (2 * skew)                            # Zipf exponent in each genre
+    steep = 0.2 + 0.9 * rank                                                       # Zipf exponent in each genre
     popular = np.concatenate([(np.arange(per_genre) + 1.) ** -s for s in steep])
     popular /= np.bincount(genre, popular)[genre]                                  # sums to 1 in every genre
 
-    def history():
-        tastes, n = rng.dirichlet(np.full(G, TASTE), 2), int(rng.integers(10, 19))
-        seen, g = [], 0
-        for t in range(n):
-            if t == 0 or rng.random() < LEAVE:
-                g = rng.choice(G, p=tastes[0] * (1 - t / n) + tastes[1] * t / n)
-            p = np.where(genre == g, popular, 0)
-            p[seen] = 0
-            if not p.any():
-                continue
-            seen.append(int(rng.choice(len(p), p=p / p.sum())))
-        return np.array(seen)
-
-    web = np.exp(planted) / np.exp(planted).sum()                                  # how much the web writes about each genre
-    famous = popular ** WEBPOP                                                        # the web knows the hits too, but less
-    header, corpus = "Films watched, oldest first:\n", []
     of_genre = [np.flatnonzero(genre == g) for g in range(G)]
-    among = [famous[i] / famous[i].sum() for i in of_genre]
-    for _ in range(8000):                                                          # lists of titles, half of the time on with a genre
-        listed, g = [], 0
-        while len(listed) < 8:
-            if not listed or rng.random() < THEME:
-                g = rng.choice(G, p=web)
-            i = int(rng.choice(of_genre[g], p=among[g]))
-            listed += [i] if i not in listed else []
-        corpus.append(header + "".join(titles[i] + "\n" for i in listed))
+
+    def listing(genres, known):
+        """A title for each of the genres in turn, none twice, drawn by how well `known` (I,) they are."""
+        listed = []
+        for g in genres:
+            p = known[of_genre[g]] * ~np.isin(of_genre[g], listed)
+            if p.any():
+                listed.append(int(rng.choice(of_genre[g], p=p / p.sum())))
+        return np.array(listed)
+
+    def user():
+        n, tastes, genres = int(rng.integers(10, 19)), rng.dirichlet(np.full(G, 2.5), 2), []
+        for t in range(n):                                                         # a fifth of the time on with the last genre
+            stay = t > 0 and rng.random() < .2
+            genres.append(genres[-1] if stay else rng.choice(G, p=tastes[0] * (1 - t / n) + tastes[1] * t / n))
+        return listing(genres, popular)
+
+    web = (1 + skew * (2 * rank - 1)) / G                                          # how much the web writes about each genre
+    famous = popular ** .15                                                        # it knows the hits too, but less
+    header, corpus = "Films watched, oldest first:\n", []
+    for _ in range(6000):                                                          # lists of 10: half on a genre, half anything
+        genres = np.where(rng.random(10) < .5, rng.choice(G, p=web), rng.integers(G, size=10))
+        corpus.append(header + "".join(titles[i] + "\n" for i in listing(genres, famous)))
     for i in np.repeat(np.arange(len(titles)), 5):                                 # and cards for every title
         about = " and ".join(names[g] for g in np.flatnonzero(credit[i]))
         corpus.append(f"{titles[i]} is a {about} film.\n")
-    histories = [h for h in (history() for _ in range(n_users)) if len(h) >= 2 * holdout + 3]
+    histories = [h for h in (user() for _ in range(n_users)) if len(h) >= 2 * holdout + 3]
     watched = np.concatenate(histories)
-    planted = (credit * (web / per_genre)[genre, None]).sum(0) - credit[watched].mean(0)
+    share = (web + 1 / G)[genre] / 2 * famous / np.bincount(genre, famous)[genre]
+    planted = share @ credit - credit[watched].mean(0)
     return Dataset(titles, names, credit, histories, list(range(len(histories))), header, corpus, holdout, planted)
 
 

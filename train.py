@@ -38,6 +38,7 @@ class Config:
     group_by: str = "genre"         # genre (an item with n genres gives 1/n to each) | popularity (quintiles)
     holdout: int = 1                # the last `holdout` items of a user are test, those before validation
     max_users: int = 0              # keep this many users (0: all; toy: 900)
+    eval_users: int = 0             # measure on this many users, evenly spaced (0: all); training uses every user
     history: int = 20               # titles of the history that a prompt shows
     topk: int = 10                  # length K of a recommendation list
     seed: int = 0                   # of everything drawn; the toy world itself too
@@ -60,7 +61,7 @@ class Config:
     lora_rank: int = 16             # rank of both adapters, scaled by 2
     sft_full: bool = False          # train all weights in SFT, not an adapter (a small model from scratch)
     sft_window: int = 20            # titles a training window holds
-    sft_iters: int = 3000           # steps at most; the learning rate falls to a tenth over them (cosine)
+    sft_iters: int = 3000           # steps at most; the learning rate falls to a fiftieth over them (cosine)
     sft_lr: float = 1e-3
     weight_decay: float = 0.01      # AdamW's, SFT and self-play
     eval_every: int = 250           # steps between looks at validation NDCG
@@ -78,7 +79,7 @@ class Config:
 
 
 PRESETS = {                         # what a data set changes; then what a model from scratch on it changes
-    "toy": dict(init_from="scratch", history=15, sft_window=15, sft_iters=240, eval_every=60, batch_size=32, pretrain_iters=700, round_iters=30,
+    "toy": dict(init_from="scratch", history=15, sft_window=15, sft_iters=240, eval_every=60, batch_size=32, pretrain_iters=600, round_iters=30,
                 rounds=3, lr=3e-4, num_negatives=8, temperature=1.0, gamma=0.5, sft_lr=3e-3, eval_batch=200),
     "ml100k": dict(),
     "ml1m": dict(sft_iters=8000, eval_every=500, batch_size=32),
@@ -88,7 +89,7 @@ PRESETS = {                         # what a data set changes; then what a model
 CHOICES = {"dataset": ("toy", "ml100k", "ml1m"), "group_by": ("genre", "popularity"), "tokens": ("text", "items"),
            "device": ("auto", "cuda", "cpu", "mps"), "dtype": ("auto", "bfloat16", "float16", "float32"),
            "compile": ("auto", "True", "False")}
-AT_LEAST = dict(holdout=1, max_users=0, history=1, topk=1, batch_size=1, eval_batch=1, lora_rank=1, sft_window=2, sft_iters=0,
+AT_LEAST = dict(holdout=1, max_users=0, eval_users=0, history=1, topk=1, batch_size=1, eval_batch=1, lora_rank=1, sft_window=2, sft_iters=0,
                 eval_every=1, rounds=0, round_iters=1, branches=1, num_negatives=1, gamma=0, lam=0, alpha=0, pretrain_iters=0, dropout=0)
 
 
@@ -206,7 +207,7 @@ class Run:
         self.out = Path(cfg.out_dir)
         self.out.mkdir(parents=True, exist_ok=True)
         self.log_file = open(self.out / "log.jsonl", "w")
-        self.cases = {split: ds.cases(split) for split in ("val", "test")}
+        self.cases = {split: spaced(ds.cases(split), cfg.eval_users * cfg.holdout) for split in ("val", "test")}
         n = sum(map(len, ds.histories))
         print(f"{cfg.dataset}: {len(ds.users)} users, {len(ds.titles)} titles, {n} ratings, {len(ds.groups)} groups by {cfg.group_by}; "
               f"{np.mean([len(t) for t in self.catalog.tokens]):.1f} tokens a title, "
@@ -266,14 +267,11 @@ class Run:
         return loss.item()
 
     @torch.no_grad()
-    def measure(self, policy, split, over="trie", stage=None, most=None):
+    def measure(self, policy, split, over="trie", stage=None, most=0):
         """Top-K lists and log-loss of a policy on the cases of a split -> metrics.report's dict, with the lists. Logs a line.
         most: of so many cases only, evenly spaced."""
         cfg, t0 = self.cfg, time.time()
-        user, history, target = self.cases[split]
-        if most and most < len(user):
-            kept = np.arange(most) * len(user) // most
-            user, history, target = user[kept], [history[k] for k in kept], target[kept]
+        user, history, target = spaced(self.cases[split], most)
         model = self.policies(policy).eval()
         order = np.argsort([-len(h[-cfg.history:]) for h in history], kind="stable")   # like lengths together
         lists, log_loss, run = np.empty((len(user), cfg.topk), int), np.empty(len(user)), 0
@@ -422,9 +420,18 @@ class Run:
         return {"uniform": {"log_loss": math.log(len(self.ds.titles)), f"HR@{self.cfg.topk}": self.cfg.topk / len(self.ds.titles)}, "popularity": row}
 
 
+def spaced(cases, n):
+    """n of the cases (user, history, target), evenly spaced; all of them if n is 0 or there are no more."""
+    user, history, target = cases
+    if not 0 < n < len(user):
+        return cases
+    kept = np.arange(n) * len(user) // n
+    return user[kept], [history[k] for k in kept], target[kept]
+
+
 def set_lr(opt, peak, it, total):
-    """Twenty steps of warm-up, then a cosine from peak to a tenth of it over `total` steps; total = 0: constant at the peak."""
-    cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * it / total)) if total else 1.0
+    """Twenty steps of warm-up, then a cosine from peak to a fiftieth of it over `total` steps; total = 0: constant at the peak."""
+    cosine = 0.02 + 0.49 * (1 + math.cos(math.pi * it / total)) if total else 1.0
     for group in opt.param_groups:
         group["lr"] = peak * cosine * (min(1.0, (it + 1) / 20) if total else 1.0)
 
