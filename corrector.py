@@ -1,21 +1,26 @@
-"""The corrector: the loss that retrains the player, equation (9). Pure: scores and weights in, a number out."""
+"""The corrector: the loss that retrains the player, equation (9). Pure: scores and weights in, a
+number out.
+"""
 
 import torch
 import torch.nn.functional as F
 
 
 def loss(f, weights):
-    """(9)  mean over rows of  w(y) * softplus( logsumexp_s( -[f(y) - f(y'_s)] ) ),  f = lam * D from `judger.score`.
+    """(9)  mean over rows of  w(y) * softplus( logsumexp_s( -[f(y) - f(y'_s)] ) ),  f = lam * D
+    from `judger.score`.
 
-    f (B, 1 + S) float32: column 0 is the user's true next item y, the other S are the items y'_s that the opponent made
-    up for the same history. weights (B,) >= 0: w(y) of (8); they are divided by their mean here, so a batch always weighs
-    the same and a weight acts on its own sample.
+    f (B, 1 + S) float32: column 0 is the user's true next item y, the other S are the items y'_s
+    that the opponent made up for the same history. weights (B,) >= 0: w(y) of (8); they are divided
+    by their mean here, so a batch always weighs the same and a weight acts on its own sample.
 
-    S = 1, w = 1, alpha = 1 is SPIN's logistic loss; S > 1 puts the negatives into one logistic loss as S-DPO does. At
-    f = 0 (the start of a round, where the player is its opponent) the loss is log(1 + S).
-    ValueError on shapes that do not fit, so that no weight is ever broadcast over the wrong axis.
+    S = 1, w = 1, alpha = 1 is SPIN's logistic loss; S > 1 puts the negatives into one logistic loss
+    as S-DPO does. At f = 0 (the start of a round, where the player is its opponent) the loss is
+    log(1 + S). ValueError on shapes that do not fit, so that no weight is ever broadcast over the
+    wrong axis.
     """
     if f.dim() != 2 or f.shape[1] < 2 or weights.shape != f.shape[:1]:
-        raise ValueError(f"scores {tuple(f.shape)} and weights {tuple(weights.shape)}: expected (B, 1 + S) and (B,)")
+        raise ValueError(f"scores {tuple(f.shape)} and weights {tuple(weights.shape)}: expected "
+                         f"(B, 1 + S) and (B,)")
     margin = torch.logsumexp(f[:, 1:] - f[:, :1], dim=1)               # (B,)
     return (weights / weights.mean() * F.softplus(margin)).mean()

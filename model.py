@@ -1,14 +1,16 @@
 """The language model: a Llama-style decoder by hand, with LoRA adapters over one frozen base.
 
-RMSNorm, rotary positions, grouped-query attention with an arbitrary mask and a KV cache, SwiGLU. SmolLM2, Llama-2,
-Llama-3, TinyLlama and Qwen2.5 are all this model with other numbers; `load` reads their weights through transformers
-(hub id, folder or .gguf file) and then lets go of transformers.
+RMSNorm, rotary positions, grouped-query attention with an arbitrary mask and a KV cache, SwiGLU.
+SmolLM2, Llama-2, Llama-3, TinyLlama and Qwen2.5 are all this model with other numbers; `load` reads
+their weights through transformers (hub id, folder or .gguf file) and then lets go of transformers.
 
-Mixed precision is two lines, both here: `Model.forward` casts the embedded tokens to `compute_dtype`, and every
-`Linear` casts its weights to the dtype of what comes in. So a frozen base is stored in bfloat16 (the cast does
-nothing), LoRA weights are stored in float32 and used in bfloat16, and their gradients arrive in float32.
+Mixed precision is two lines, both here: `Model.forward` casts the embedded tokens to
+`compute_dtype`, and every `Linear` casts its weights to the dtype of what comes in. So a frozen
+base is stored in bfloat16 (the cast does nothing), LoRA weights are stored in float32 and used in
+bfloat16, and their gradients arrive in float32.
 
-Shapes: B rows, T tokens, S tokens a query can look at (cached + new), D width, H heads, K key/value heads, E head width.
+Shapes: B rows, T tokens, S tokens a query can look at (cached + new), D width, H heads, K key/value
+heads, E head width.
 """
 
 import math
@@ -29,7 +31,8 @@ class ModelConfig:
     head_dim: int = 24            # width of one head (E)
     ffn_dim: int = 256            # inner width of the SwiGLU
     rope_base: float = 10000.0    # slowest rotary wavelength is about 2 pi times this, in tokens
-    rope_scaling: dict = None     # Llama-3's stretching of the slow frequencies, as transformers names it
+    # Llama-3's stretching of the slow frequencies, as transformers names it
+    rope_scaling: dict = None
     norm_eps: float = 1e-5
     qkv_bias: bool = False        # Qwen2 has biases on q, k and v
     tied: bool = True             # the output layer is the embedding
@@ -37,17 +40,21 @@ class ModelConfig:
 
 
 class Linear(nn.Module):
-    """y = x W' + b + scale * (x A') B'  with W, b frozen or not, and (A, B) the active adapter (LoRA, 2106.09685)."""
+    """y = x W' + b + scale * (x A') B'  with W, b frozen or not, and (A, B) the active adapter
+    (LoRA, 2106.09685).
+    """
 
     def __init__(self, d_in, d_out, bias=False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
-        self.lora_a, self.lora_b = nn.ParameterDict(), nn.ParameterDict()   # adapter's name -> matrix
+        # adapter's name -> matrix
+        self.lora_a, self.lora_b = nn.ParameterDict(), nn.ParameterDict()
         self.active, self.scale = None, 1.0
 
     def forward(self, x):
-        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None
+                     else self.bias.to(x.dtype))
         if self.active is not None:
             a, b = self.lora_a[self.active], self.lora_b[self.active]
             y = y + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * self.scale
@@ -59,24 +66,30 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
-    def forward(self, x):                                     # the mean of squares in float32 whatever x is
+    # the mean of squares in float32 whatever x is
+    def forward(self, x):
         h = x.float()
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight.to(x.dtype) * h.to(x.dtype)
 
 
 def rope_frequencies(config):
-    """Rotary frequencies in radians a token, (E/2,) float32. Llama-3 slows those with long wavelengths down."""
+    """Rotary frequencies in radians a token, (E/2,) float32. Llama-3 slows those with long
+    wavelengths down.
+    """
     e = config.head_dim
     freq = config.rope_base ** (-torch.arange(0, e, 2, dtype=torch.float32) / e)
     s = config.rope_scaling
     if not s or s.get("rope_type", "default") == "default":
         return freq
     if s["rope_type"] != "llama3":
-        raise ValueError(f"rope scaling {s['rope_type']!r} is not built in: only 'default' and 'llama3'")
-    turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)   # turns over the original context
+        raise ValueError(f"rope scaling {s['rope_type']!r} is not built in: only 'default' and "
+                         f"'llama3'")
+    # turns over the original context
+    turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)
     low, high = s["low_freq_factor"], s["high_freq_factor"]
-    keep = ((turns - low) / (high - low)).clamp(0, 1)                      # 1: fast, left alone; 0: fully stretched
+    # 1: fast, left alone; 0: fully stretched
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
     return freq * (keep + (1 - keep) / s["factor"])
 
 
@@ -102,7 +115,8 @@ class Block(nn.Module):
     def attend(self, x, cos, sin, mask, past):
         B, T, _ = x.shape
         split = lambda y: y.view(B, T, -1, self.c.head_dim).transpose(1, 2)       # (B, heads, T, E)
-        q, k, v = rotate(split(self.q(x)), cos, sin), rotate(split(self.k(x)), cos, sin), split(self.v(x))
+        q, k, v = rotate(split(self.q(x)), cos, sin), rotate(split(self.k(x)), cos,
+                                                             sin), split(self.v(x))
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
@@ -118,7 +132,9 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Tokens to final hidden states; `logits` turns chosen hidden states into chosen columns of the vocabulary."""
+    """Tokens to final hidden states; `logits` turns chosen hidden states into chosen columns of the
+    vocabulary.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -126,29 +142,35 @@ class Model(nn.Module):
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.head = None if config.tied else nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        self.head = None if config.tied else nn.Parameter(torch.empty(config.vocab_size,
+            config.dim))
         self.drop = nn.Dropout(config.dropout)
         self.register_buffer("rope", rope_frequencies(config), persistent=False)
         for name, p in self.named_parameters():
-            if p.dim() == 2:                                   # GPT-2's start: .02, less on the residual branches
-                shrink = math.sqrt(2 * config.n_layers) if name.endswith(("o.weight", "down.weight")) else 1.0
+            # GPT-2's start: .02, less on the residual branches
+            if p.dim() == 2:
+                shrink = math.sqrt(2 * config.n_layers) if name.endswith(("o.weight",
+                    "down.weight")) else 1.0
                 nn.init.normal_(p, std=0.02 / shrink)
 
     def forward(self, tokens, positions=None, mask=None, cache=None):
         """tokens (B,T) int64 -> hidden states after the last norm (B,T,D).
 
-        positions (B,T): rotary positions; None counts on from the cache's length. mask (B,T,S) bool, True where a
-        query may look; None is causal, and wants an empty cache. cache: a list, one (k, v) a layer, each (B,K,S,E);
-        an empty list is filled, a full one is extended by the T new tokens. None keeps nothing.
+        positions (B,T): rotary positions; None counts on from the cache's length. mask (B,T,S)
+        bool, True where a query may look; None is causal, and wants an empty cache. cache: a list,
+        one (k, v) a layer, each (B,K,S,E); an empty list is filled, a full one is extended by the T
+        new tokens. None keeps nothing.
         """
         if mask is None and cache:
-            raise ValueError("tokens after a cache need a mask: causal attention would be aligned wrongly")
+            raise ValueError("tokens after a cache need a mask: causal attention would be aligned "
+                             "wrongly")
         start = cache[0][0].shape[2] if cache else 0
         if positions is None:
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
         angle = positions[:, None, :, None].float() * self.rope                    # (B,1,T,E/2)
         cos, sin = angle.cos().to(self.compute_dtype), angle.sin().to(self.compute_dtype)
-        mask = None if mask is None else mask[:, None]                             # one mask for all heads
+        # one mask for all heads
+        mask = None if mask is None else mask[:, None]
         x = self.drop(F.embedding(tokens, self.embed).to(self.compute_dtype))
         presents = []
         for i, block in enumerate(self.blocks):
@@ -170,7 +192,9 @@ class Model(nn.Module):
         return [m for m in self.modules() if isinstance(m, Linear)]
 
     def freeze(self):
-        """Stop training the base and store it in the compute dtype. Buffers (the rotary frequencies) stay float32."""
+        """Stop training the base and store it in the compute dtype. Buffers (the rotary
+        frequencies) stay float32.
+        """
         for name, p in self.named_parameters():
             if "lora_" not in name:
                 p.requires_grad_(False)
@@ -178,22 +202,27 @@ class Model(nn.Module):
         return self
 
     def add_adapter(self, name, rank, alpha=None, like=None):
-        """Add LoRA matrices to every linear layer of the blocks; B = 0, so the adapter starts as the base.
+        """Add LoRA matrices to every linear layer of the blocks; B = 0, so the adapter starts as
+        the base.
 
-        rank r > 0; the product is scaled by alpha / r (default alpha = 2r, one scale for all adapters of a model).
-        like: name of an adapter to start as a copy of instead.
+        rank r > 0; the product is scaled by alpha / r (default alpha = 2r, one scale for all
+        adapters of a model). like: name of an adapter to start as a copy of instead.
         """
         for m in self.linears():
             m.scale = (2 * rank if alpha is None else alpha) / rank
             d_out, d_in = m.weight.shape
-            a, b = torch.empty(rank, d_in, device=m.weight.device), torch.zeros(d_out, rank, device=m.weight.device)
+            a, b = torch.empty(rank, d_in, device=m.weight.device), torch.zeros(d_out, rank,
+                device=m.weight.device)
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-            m.lora_a[name], m.lora_b[name] = nn.Parameter(a), nn.Parameter(b)      # float32, whatever the base is
+            # float32, whatever the base is
+            m.lora_a[name], m.lora_b[name] = nn.Parameter(a), nn.Parameter(b)
         if like is not None:
             self.load_adapter(name, self.adapter_state(like))
 
     def use(self, name):
-        """Switch the active adapter (None: the bare base). Nothing is copied. KeyError if there is no such one."""
+        """Switch the active adapter (None: the bare base). Nothing is copied. KeyError if there is
+        no such one.
+        """
         for m in self.linears():
             if name is not None and name not in m.lora_a:
                 raise KeyError(f"no adapter {name!r}; there are {list(m.lora_a)}")
@@ -214,29 +243,41 @@ class Model(nn.Module):
 
 # ---------------------------------------------------------------------- weights from elsewhere
 
-ARCHITECTURES = ("llama", "qwen2")      # transformers' model_type; SmolLM2 and TinyLlama are "llama"
+# transformers' model_type; SmolLM2 and TinyLlama are "llama"
+ARCHITECTURES = ("llama", "qwen2")
 
 
 def config_from_hf(hf):
-    """A transformers config of a Llama-like model -> ModelConfig. ValueError names what is not built in."""
+    """A transformers config of a Llama-like model -> ModelConfig. ValueError names what is not
+    built in.
+    """
     if hf.model_type not in ARCHITECTURES:
-        raise ValueError(f"model type {hf.model_type!r} is not supported: one of {', '.join(ARCHITECTURES)}")
-    if getattr(hf, "use_sliding_window", False) or hf.hidden_act != "silu" or getattr(hf, "mlp_bias", False):
-        raise ValueError("sliding windows, biases in the MLP and activations other than silu are not built in")
+        raise ValueError(f"model type {hf.model_type!r} is not supported: one of "
+                         f"{', '.join(ARCHITECTURES)}")
+    if getattr(hf, "use_sliding_window", False) or hf.hidden_act != "silu" or getattr(hf,
+        "mlp_bias", False):
+        raise ValueError("sliding windows, biases in the MLP and activations other than silu are "
+                         "not built in")
     rope = dict(getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {})
     base = rope.pop("rope_theta", None) or getattr(hf, "rope_theta", 10000.0)
     return ModelConfig(
-        vocab_size=hf.vocab_size, dim=hf.hidden_size, n_layers=hf.num_hidden_layers, n_heads=hf.num_attention_heads,
-        n_kv_heads=hf.num_key_value_heads, ffn_dim=hf.intermediate_size, rope_base=base, rope_scaling=rope or None,
-        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads, norm_eps=hf.rms_norm_eps,
+        vocab_size=hf.vocab_size, dim=hf.hidden_size, n_layers=hf.num_hidden_layers,
+        n_heads=hf.num_attention_heads,
+        n_kv_heads=hf.num_key_value_heads, ffn_dim=hf.intermediate_size, rope_base=base,
+        rope_scaling=rope or None,
+        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        norm_eps=hf.rms_norm_eps,
         qkv_bias=hf.model_type == "qwen2" or bool(getattr(hf, "attention_bias", False)),
         tied=bool(hf.tie_word_embeddings))
 
 
 def from_hf(hf_model):
-    """A transformers LlamaForCausalLM or Qwen2ForCausalLM -> our Model with the same weights (float32)."""
+    """A transformers LlamaForCausalLM or Qwen2ForCausalLM -> our Model with the same weights
+    (float32).
+    """
     config = config_from_hf(hf_model.config)
-    theirs = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
+    theirs = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
+              "o": "self_attn.o_proj",
               "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
               "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
     w, ours = hf_model.state_dict(), {}
@@ -251,21 +292,27 @@ def from_hf(hf_model):
                     ours[f"blocks.{i}.{mine}.{kind}"] = w[key]
     with torch.device("meta"):
         model = Model(config)
-    model.load_state_dict({k: v.detach().float().clone() for k, v in ours.items()}, assign=True)   # strict
+    # strict
+    model.load_state_dict({k: v.detach().float().clone() for k, v in ours.items()}, assign=True)
     model.rope = rope_frequencies(config)
     return model
 
 
 def load(folder, gguf_file=None):
-    """Read a Llama-like model from a folder of transformers' files, or from `gguf_file` inside it (dequantised)."""
+    """Read a Llama-like model from a folder of transformers' files, or from `gguf_file` inside it
+    (dequantised).
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
-    config_from_hf(AutoConfig.from_pretrained(folder, **extra))        # says no before the weights are read
-    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **extra)
+    # says no before the weights are read
+    config_from_hf(AutoConfig.from_pretrained(folder, **extra))
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False,
+                                              **extra)
     return from_hf(hf).eval()
 
 
 def describe(model):
     """'135M parameters, width 576, 30 layers, 9/3 heads' for the log."""
-    c, n = model.config, sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
+    c, n = model.config, sum(p.numel() for name, p in model.named_parameters()
+                             if "lora_" not in name)
     return f"{n / 1e6:.1f}M parameters, width {c.dim}, {c.n_layers} layers, {c.n_heads}/{c.n_kv_heads} heads"

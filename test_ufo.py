@@ -1,4 +1,5 @@
-"""The tests: every fast path against a slow, obvious twin, every formula against a case worked by hand.
+"""The tests: every fast path against a slow, obvious twin, every formula against a case worked by
+hand.
 
     python -m pytest -q
 """
@@ -27,7 +28,8 @@ torch.set_num_threads(2)
 def random_model(vocab, seed=0, **kw):
     """A tiny model with weights large enough for its predictions to differ."""
     torch.manual_seed(seed)
-    model = Model(ModelConfig(vocab, **(dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=64) | kw)))
+    model = Model(ModelConfig(vocab, **(dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2,
+                                             head_dim=8, ffn_dim=64) | kw)))
     for p in model.parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.3)
@@ -59,7 +61,8 @@ def log_q_one_by_one(model, catalog, history_tokens, item, over="trie"):
 
 def hf_pair(kind, **kw):
     import transformers
-    common = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=512) | kw
+    common = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
+                  num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=512) | kw
     torch.manual_seed(1)
     if kind == "llama":
         hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(**common)).eval()
@@ -71,10 +74,13 @@ def hf_pair(kind, **kw):
     return hf, from_hf(hf).eval()
 
 
-LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 
 
-@pytest.mark.parametrize("kind, kw", [("llama", dict(tie_word_embeddings=False)), ("llama", dict(tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE)),
+@pytest.mark.parametrize("kind, kw", [("llama", dict(tie_word_embeddings=False)),
+                                      ("llama", dict(tie_word_embeddings=True,
+                                                     rope_parameters=LLAMA3_ROPE)),
                                       ("qwen2", dict(tie_word_embeddings=True))])
 @torch.no_grad()
 def test_logits_equal_transformers(kind, kw):
@@ -101,7 +107,8 @@ def test_logits_equal_transformers(kind, kw):
 def test_unsupported_architecture_is_named():
     import transformers
     with pytest.raises(ValueError, match="gpt2"):
-        from_hf(transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2)))
+        from_hf(transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=20, n_embd=8,
+            n_layer=1, n_head=2)))
 
 
 def test_lora_starts_as_base_switches_and_alone_gets_gradients():
@@ -115,13 +122,15 @@ def test_lora_starts_as_base_switches_and_alone_gets_gradients():
         torch.nn.init.normal_(p, std=0.2)
     changed = model(x)
     assert not torch.allclose(changed, base)
-    assert torch.equal(model.use("b")(x), base) and torch.equal(model.use(None)(x), base) and torch.equal(model.use("a")(x), changed)
+    assert torch.equal(model.use("b")(x), base) and torch.equal(model.use(None)(x),
+        base) and torch.equal(model.use("a")(x), changed)
     changed.sum().backward()
     got = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert got and all(".lora_" in n and n.endswith(".a") for n in got)
     model.add_adapter("c", 4, like="a")
     assert torch.equal(model.use("c")(x), changed)
-    layer = model.blocks[0].q                                          # by the formula, on one layer
+    # by the formula, on one layer
+    layer = model.blocks[0].q
     h = torch.randn(3, 32)
     layer.active = "a"
     want = h @ (layer.weight + layer.scale * layer.lora_b["a"] @ layer.lora_a["a"]).T
@@ -141,34 +150,44 @@ def test_mixed_precision_keeps_adapters_in_float32():
     assert y.dtype == torch.bfloat16 and model.blocks[0].q.weight.dtype == torch.bfloat16 and model.rope.dtype == torch.float32
     assert (y.float() - want).abs().mean() < 0.05 * want.abs().mean()
     model.logits(y).sum().backward()
-    assert all(p.dtype == torch.float32 and (p.grad is None or p.grad.dtype == torch.float32) for p in model.adapter_parameters("a"))
+    assert all(p.dtype == torch.float32 and (p.grad is None or p.grad.dtype == torch.float32)
+               for p in model.adapter_parameters("a"))
 
 
 # ---------------------------------------------------------------------- the tokenizer
 
 def bpe_tokenizer(pre, **kw):
-    """A byte-level BPE trained on the spot, as transformers wraps it, special tokens first (as in SmolLM2)."""
+    """A byte-level BPE trained on the spot, as transformers wraps it, special tokens first (as in
+    SmolLM2).
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     t = Tokenizer(models.BPE())
     t.pre_tokenizer, t.decoder = pre, decoders.ByteLevel()
-    corpus = ["The Ice Storm (1997)\n", "Toy Story\n", "Léon: The Professional\n", "101 Dalmatians isn't here\n", "Heat 1995  12\n"] * 20
-    t.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=420, special_tokens=["<|endoftext|>", "<|im_start|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    corpus = ["The Ice Storm (1997)\n", "Toy Story\n", "Léon: The Professional\n",
+              "101 Dalmatians isn't here\n", "Heat 1995  12\n"] * 20
+    t.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=420,
+                                                      special_tokens=["<|endoftext|>",
+                                                          "<|im_start|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=t, **kw)
 
 
 def pre_tokenizer_kinds():
     from tokenizers import Regex, pre_tokenizers as p
     llama3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    return {"gpt2": p.ByteLevel(add_prefix_space=False), "smollm2": p.Sequence([p.Digits(individual_digits=True), p.ByteLevel(add_prefix_space=False)]),
-            "llama3": p.Sequence([p.Split(Regex(llama3), "isolated"), p.ByteLevel(add_prefix_space=False, use_regex=False)])}
+    return {"gpt2": p.ByteLevel(add_prefix_space=False),
+            "smollm2": p.Sequence([p.Digits(individual_digits=True),
+                                   p.ByteLevel(add_prefix_space=False)]),
+            "llama3": p.Sequence([p.Split(Regex(llama3), "isolated"),
+                                  p.ByteLevel(add_prefix_space=False, use_regex=False)])}
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "smollm2", "llama3"])
 def test_tiktoken_equals_the_original(kind):
     hf = bpe_tokenizer(pre_tokenizer_kinds()[kind])
     enc, ids = data.tiktoken_from(hf)
-    texts = ["The Ice Storm\n", "Toy Story 2 (1999)\n", "Léon!\n", "2001: A Space Odyssey\n", "  two  spaces 12  345 \n", "it's We'LL 'til\n", "Amélie…日本\n"]
+    texts = ["The Ice Storm\n", "Toy Story 2 (1999)\n", "Léon!\n", "2001: A Space Odyssey\n",
+             "  two  spaces 12  345 \n", "it's We'LL 'til\n", "Amélie…日本\n"]
     for t in texts:
         assert ids[enc.encode_ordinary(t)].tolist() == hf.encode(t, add_special_tokens=False), t
 
@@ -195,8 +214,10 @@ def test_trie_by_hand():
         assert trie.parent[nodes].tolist() == [0] + nodes[:-1]
     assert sorted(trie.token[trie.children(torch.tensor([0]))[0]].tolist()) == [5, 8]
     steps = (trie.modes["trie"].step_node >= 0).sum(1).tolist()
-    assert steps == [3, 2, 1, 3] and (trie.modes["vocab"].step_node >= 0).sum(1).tolist() == [3, 3, 2, 4]
-    for u in range(trie.n_nodes):                                      # ancestors by the interval test and by walking up
+    assert steps == [3, 2, 1, 3] and (trie.modes["vocab"].step_node >= 0).sum(1).tolist() == [3, 3,
+        2, 4]
+    # ancestors by the interval test and by walking up
+    for u in range(trie.n_nodes):
         for v in range(trie.n_nodes):
             w = v
             while w not in (u, -1):
@@ -217,38 +238,49 @@ def test_title_that_begins_another():
     texts = [t + "\n" for t in titles] + [header]
     tok = data.word_tokenizer(texts).compact(texts)
     catalog, model = data.Catalog(titles, header, tok, 5), random_model(tok.vocab_size)
-    q = selfplay.Search(model, catalog.trie, catalog.prompts([[2]])).score(torch.arange(3)[None]).exp()
+    q = selfplay.Search(model, catalog.trie,
+                        catalog.prompts([[2]])).score(torch.arange(3)[None]).exp()
     assert torch.allclose(q.sum(), torch.tensor(1.0), atol=1e-5) and (q > 0).all()
-    assert torch.allclose(q[0, 1].log(), log_q_one_by_one(model, catalog, catalog.document([2])[0], 1), atol=1e-5)
+    assert torch.allclose(q[0, 1].log(), log_q_one_by_one(model, catalog, catalog.document([2])[0],
+                                                          1), atol=1e-5)
 
 
 @torch.no_grad()
 def test_q_sums_to_one_and_vocabulary_softmax_to_less(toy):
     ds, catalog, model = toy
-    prompt, everything = catalog.prompts([ds.train(u) for u in range(3)]), torch.arange(len(ds.titles)).expand(3, -1)
+    prompt, everything = catalog.prompts([ds.train(u)
+                                          for u in range(3)]), torch.arange(len(ds.titles)).expand(3, -1)
     q = selfplay.Search(model, catalog.trie, prompt).score(everything).exp().sum(1)
     assert torch.allclose(q, torch.ones(3), atol=1e-5)
-    assert (selfplay.Search(model, catalog.trie, prompt, "vocab").score(everything).exp().sum(1) < 0.9).all()
+    assert (selfplay.Search(model, catalog.trie, prompt,
+                            "vocab").score(everything).exp().sum(1) < 0.9).all()
 
 
 @pytest.mark.parametrize("over", ["trie", "vocab"])
 def test_branches_equal_one_by_one(toy, over):
-    """log q of items branched off several places of one window: packed, searched, and one by one; and the gradients."""
+    """log q of items branched off several places of one window: packed, searched, and one by one;
+    and the gradients.
+    """
     ds, catalog, model = toy
     rng = np.random.default_rng(0)
     windows = [ds.train(u)[:9] for u in range(2)]
     places = data.draw_places(windows, 2, rng)
     items = torch.randint(len(ds.titles), (2, 2, 5))
     items[..., 1] = items[..., 0]                                      # the same item twice
-    packed = selfplay.log_q(model, catalog.trie, catalog.branches(windows, places, multiple=16), items, over)
+    packed = selfplay.log_q(model, catalog.trie, catalog.branches(windows, places, multiple=16),
+                            items, over)
     with torch.no_grad():
-        searched = selfplay.Search(model, catalog.trie, catalog.branches(windows, places), over).score(items.view(4, 5))
+        searched = selfplay.Search(model, catalog.trie, catalog.branches(windows, places),
+                                   over).score(items.view(4, 5))
     single = torch.stack([log_q_one_by_one(model, catalog, catalog.document(w[:p])[0], i, over)
-                          for w, ps, row in zip(windows, places, items) for p, its in zip(ps, row) for i in its]).view(2, 2, 5)
-    assert torch.allclose(packed, single, atol=1e-4) and torch.allclose(searched.view(2, 2, 5), single, atol=1e-4)
+                          for w, ps, row in zip(windows, places, items) for p, its in zip(ps, row)
+                          for i in its]).view(2, 2, 5)
+    assert torch.allclose(packed, single, atol=1e-4) and torch.allclose(searched.view(2, 2, 5),
+        single, atol=1e-4)
     weight = torch.randn(2, 2, 5)
     params = [p for n, p in model.named_parameters()]
-    for a, b in zip(torch.autograd.grad((packed * weight).sum(), params), torch.autograd.grad((single * weight).sum(), params)):
+    for a, b in zip(torch.autograd.grad((packed * weight).sum(), params),
+                    torch.autograd.grad((single * weight).sum(), params)):
         assert torch.allclose(a, b, atol=1e-3 * b.abs().max() + 1e-6)
 
 
@@ -257,8 +289,10 @@ def test_sft_targets_equal_one_by_one(toy):
     ds, catalog, model = toy
     windows = [ds.train(0)[:6], ds.train(1)[:4]]
     tokens, at, node, child, n = catalog.window_batch(windows, multiple=8)
-    got = selfplay.step_log_prob(model, catalog.trie, model(tokens).flatten(0, 1)[at], node, child).sum()
-    want = sum(log_q_one_by_one(model, catalog, catalog.document(w[:p])[0], w[p]) for w in windows for p in range(1, len(w)))
+    got = selfplay.step_log_prob(model, catalog.trie, model(tokens).flatten(0, 1)[at], node,
+                                 child).sum()
+    want = sum(log_q_one_by_one(model, catalog, catalog.document(w[:p])[0], w[p]) for w in windows
+               for p in range(1, len(w)))
     assert n == 5 + 3 and torch.allclose(got, want, atol=1e-3)
 
 
@@ -271,7 +305,8 @@ def test_sampling_frequencies(tau):
     catalog, model = data.Catalog(titles, header, tok, 5), random_model(tok.vocab_size, seed=3)
     trie, prompt = catalog.trie, catalog.prompts([[3, 0]])
     n = 20000
-    got = torch.bincount(selfplay.Search(model, trie, prompt).sample(n, tau, torch.Generator().manual_seed(0))[0], minlength=5) / n
+    got = torch.bincount(selfplay.Search(model, trie, prompt).sample(n, tau,
+        torch.Generator().manual_seed(0))[0], minlength=5) / n
     if tau == 1:
         want = selfplay.Search(model, trie, prompt).score(torch.arange(5)[None]).exp()[0]
     else:                                                              # tempered at every decision
@@ -280,7 +315,8 @@ def test_sampling_frequencies(tau):
             ids, node = catalog.document([3, 0])[0], 0
             for t in catalog.tokens[i]:
                 children = torch.arange(trie.first[node], trie.first[node + 1])
-                p = (model.logits(model(torch.tensor([ids])))[0, -1][trie.token[children]] / tau).softmax(0)
+                p = (model.logits(model(torch.tensor([ids])))[0, -1][trie.token[children]]
+                     / tau).softmax(0)
                 hit = trie.token[children] == t
                 want[i] *= float(p[hit])
                 node, ids = int(children[hit]), ids + [t]
@@ -293,16 +329,20 @@ def test_sampling_frequencies(tau):
 def test_top_k_equals_brute_force(toy, over):
     ds, catalog, model = toy
     prompt = catalog.prompts([ds.train(u) for u in range(8)])
-    score = selfplay.Search(model, catalog.trie, prompt, over).score(torch.arange(len(ds.titles)).expand(8, -1))
+    score = selfplay.Search(model, catalog.trie, prompt,
+                            over).score(torch.arange(len(ds.titles)).expand(8, -1))
     seen = torch.zeros(8, len(ds.titles), dtype=torch.bool)
     for u in range(8):
         seen[u, ds.train(u)] = True
-        seen[u, score[u].topk(3).indices] = True                       # the best ones too, so that leaving out matters
+        # the best ones too, so that leaving out matters
+        seen[u, score[u].topk(3).indices] = True
     want = score.masked_fill(seen, -torch.inf).topk(10)
     for width in (1, 8):
-        items, value, run = selfplay.Search(model, catalog.trie, prompt, over).top_k(10, seen, width)
+        items, value, run = selfplay.Search(model, catalog.trie, prompt, over).top_k(10, seen,
+            width)
         assert torch.equal(items, want.indices) and torch.allclose(value, want.values, atol=1e-4)
-        assert not seen.gather(1, items).any() and (run < catalog.trie.modes[over].decision.sum()).all()
+        assert not seen.gather(1,
+                               items).any() and (run < catalog.trie.modes[over].decision.sum()).all()
     few = torch.ones_like(seen)
     few[:, :4] = False                                                 # only four items are left
     items, value, _ = selfplay.Search(model, catalog.trie, prompt, over).top_k(10, few)
@@ -316,7 +356,8 @@ def test_play_scores_what_it_samples(toy):
     places = data.draw_places(windows, 3, np.random.default_rng(0))
     other = random_model(model.config.vocab_size, seed=9)
     policies = lambda name: {"player": model, "sft": other}[name]
-    items, logq_t, logq_sft = selfplay.play(policies, catalog, windows, places, 4, 1.25, 2, alpha=0.5)
+    items, logq_t, logq_sft = selfplay.play(policies, catalog, windows, places, 4, 1.25, 2,
+                                            alpha=0.5)
     assert items.shape == logq_t.shape == logq_sft.shape == (5, 3, 5)
     assert (items[..., 0].numpy() == np.stack([w[p] for w, p in zip(windows, places)])).all()
     prompt = catalog.branches(windows, places)
@@ -345,13 +386,15 @@ def test_accuracy_and_diversity_by_hand():
     assert metrics.hits(lists, targets).tolist() == [1, 0, 1]
     assert np.allclose(metrics.ndcg(lists, targets), [1 / np.log2(3), 0, 1])
     assert metrics.coverage(lists, 8) == 0.5 and metrics.div_ratio(lists) == 4 / 9
-    assert np.isclose(metrics.or_ratio(lists, 1), 3 / 9) and metrics.or_ratio(np.array([[0, 1, -1]]), 1) == 0.5
+    assert np.isclose(metrics.or_ratio(lists, 1),
+                      3 / 9) and metrics.or_ratio(np.array([[0, 1, -1]]), 1) == 0.5
 
 
 def test_report_intervals_cover_and_floor_is_what_noise_gives():
     rng = np.random.default_rng(0)
     credit, n = np.eye(4)[np.arange(40) % 4], 400
-    lists = np.stack([rng.choice(40, 5, replace=False) for _ in range(n)])      # fair: uniform lists, uniform histories
+    # fair: uniform lists, uniform histories
+    lists = np.stack([rng.choice(40, 5, replace=False) for _ in range(n)])
     histories = [rng.choice(40, 8, replace=False) for _ in range(n)]
     r = metrics.report(credit, np.arange(n), histories, lists, rng.integers(40, size=n), np.ones(n))
     assert 0.3 * r["MGU_floor"] < r["MGU@5"] < 3 * r["MGU_floor"] and r["ci"]["HR@5"][0] < 5 / 40 < r["ci"]["HR@5"][1]
@@ -369,20 +412,26 @@ def test_bootstrap_draws_users_not_cases():
 def test_origins_of_planted_exposures():
     star, pre, sft = np.array([.25, .25, .5]), np.array([.35, .25, .4]), np.array([.45, .25, .3])
     o = judger.origins(star, pre, sft)
-    assert np.allclose(o["b"], [.1, 0, -.1]) and np.allclose(o["shift"], [.1, 0, -.1]) and np.allclose(o["b"] + o["shift"], sft - star)
+    assert np.allclose(o["b"], [.1, 0, -.1]) and np.allclose(o["shift"],
+                                                             [.1, 0, -.1]) and np.allclose(o["b"]
+                                                                 + o["shift"], sft - star)
     assert np.isclose(o["covariance"], .02 / 3) and np.isclose(o["correlation"], 1)
     assert judger.origins(star, pre, np.array([.25, .25, .5]))["correlation"] < -.99
 
 
 def test_debiased_covariance_is_unbiased_where_pretraining_is_noise():
-    """E_pre, E_sft and E* have the same true value, every list is noise: the truth is 0; the plain estimate is not."""
+    """E_pre, E_sft and E* have the same true value, every list is noise: the truth is 0; the plain
+    estimate is not.
+    """
     rng, G, K, U = np.random.default_rng(0), 6, 10, 60
     noise = lambda: (rng.multinomial(K, np.full(G, 1 / G), U).astype(float), np.full(U, float(K)))
     plain, fair, covered = [], [], 0
     for trial in range(60):
         star, pre, sft = noise(), noise(), noise()
-        plain.append(judger.origins(*(metrics.exposure(*x) for x in (star, pre, sft)))["covariance"])
-        point, (low, high) = judger.covariance_debiased(star, pre, sft, np.arange(U), n_split=100, seed=trial)
+        plain.append(judger.origins(*(metrics.exposure(*x) for x in (star, pre,
+            sft)))["covariance"])
+        point, (low, high) = judger.covariance_debiased(star, pre, sft, np.arange(U), n_split=100,
+                                                        seed=trial)
         fair.append(point)
         covered += low < 0 < high
     error = lambda x: abs(np.mean(x)) / (np.std(x) / math.sqrt(len(x)))
@@ -392,7 +441,8 @@ def test_debiased_covariance_is_unbiased_where_pretraining_is_noise():
 def test_debiased_covariance_finds_what_is_planted():
     rng, U = np.random.default_rng(0), 400
     draw = lambda p: (rng.multinomial(10, p, U).astype(float), np.full(U, 10.))
-    star, pre, sft = np.array([.25, .25, .25, .25]), np.array([.3, .27, .23, .2]), np.array([.4, .3, .2, .1])
+    star, pre, sft = np.array([.25, .25, .25, .25]), np.array([.3, .27, .23, .2]), np.array([.4, .3,
+        .2, .1])
     point, (low, high) = judger.covariance_debiased(draw(star), draw(pre), draw(sft), np.arange(U))
     truth = judger.origins(star, pre, sft)["covariance"]
     assert low < truth < high and low > 0 and abs(point - truth) < 0.5 * truth
@@ -412,17 +462,21 @@ def test_controller_turns_the_right_way_and_stops():
 
 
 def test_judger_score_and_accuracy():
-    f = judger.score(torch.tensor([[-1., -2.]]), torch.tensor([[-3., -3.]]), torch.tensor([[-1., -5.]]), 2.0, 0.75)
+    f = judger.score(torch.tensor([[-1., -2.]]), torch.tensor([[-3., -3.]]),
+                     torch.tensor([[-1., -5.]]), 2.0, 0.75)
     assert torch.allclose(f, torch.tensor([[2 * (-1 + 2.25 + .25), 2 * (-2 + 2.25 + 1.25)]]))
-    assert judger.accuracy(torch.tensor([[1., 0., 2.], [1., 1., 0.]])) == pytest.approx((1 + 0 + .5 + 1) / 4)
+    assert judger.accuracy(torch.tensor([[1., 0., 2.], [1., 1., 0.]])) == pytest.approx((1 + 0 + .5
+        + 1) / 4)
 
 
 # ---------------------------------------------------------------------- corrector.py
 
 def test_loss_is_spins_with_one_negative():
     f = torch.randn(7, 2)
-    assert torch.allclose(corrector.loss(f, torch.ones(7)), -torch.nn.functional.logsigmoid(f[:, 0] - f[:, 1]).mean())
-    assert torch.allclose(corrector.loss(torch.zeros(3, 17), torch.ones(3)), torch.tensor(17.).log())
+    assert torch.allclose(corrector.loss(f, torch.ones(7)), -torch.nn.functional.logsigmoid(f[:, 0]
+        - f[:, 1]).mean())
+    assert torch.allclose(corrector.loss(torch.zeros(3, 17), torch.ones(3)),
+                          torch.tensor(17.).log())
 
 
 def test_loss_weights_act_on_their_own_sample():
@@ -437,8 +491,10 @@ def test_loss_weights_act_on_their_own_sample():
 
 
 def tabular_game(control, rounds=40, steps=40, gamma=0.25):
-    """The whole game without a network: q over 6 items is a table, the lists are exact expectations of 'top 2'-like exposure
-    softmax(2 log q): a decision that over-exposes the popular group. Returns data, q, E*, exposure, judger's accuracy."""
+    """The whole game without a network: q over 6 items is a table, the lists are exact expectations
+    of 'top 2'-like exposure softmax(2 log q): a decision that over-exposes the popular group.
+    Returns data, q, E*, exposure, judger's accuracy.
+    """
     torch.manual_seed(0)
     p = torch.tensor([.30, .25, .15, .12, .10, .08])
     credit = np.eye(2)[[0, 0, 1, 1, 1, 1]]
@@ -454,7 +510,8 @@ def tabular_game(control, rounds=40, steps=40, gamma=0.25):
         right = []
         for _ in range(steps):
             y = torch.multinomial(p, 512, True)
-            items = torch.cat([y[:, None], torch.multinomial(logq_t.exp(), 512 * 4, True).view(512, 4)], 1)
+            items = torch.cat([y[:, None], torch.multinomial(logq_t.exp(), 512 * 4, True).view(512,
+                4)], 1)
             logq = theta.log_softmax(0)
             f = judger.score(logq[items], logq_t[items], logq_t[items], 1.0, 1.0)
             loss = corrector.loss(f, w[y])
@@ -463,7 +520,8 @@ def tabular_game(control, rounds=40, steps=40, gamma=0.25):
             opt.step()
             right.append(judger.accuracy(f.detach()))
         ends.append(theta.detach().softmax(0))
-    q = torch.stack(ends[-15:]).mean(0)                                # the last rounds, averaged over the sampling's noise
+    # the last rounds, averaged over the sampling's noise
+    q = torch.stack(ends[-15:]).mean(0)
     return p, q, star, exposure(q), np.mean(right)
 
 
@@ -476,26 +534,38 @@ def test_tabular_game_converges_to_the_fair_exposure():
     _, _, star, unfair, _ = tabular_game(control=False)
     _, q, star, fair, _ = tabular_game(control=True)
     assert np.abs(unfair - star).max() > 0.1 and np.abs(fair - star).max() < 0.02
-    assert q[0] > q[1] > 0 and q[2] > q[3] > q[4] > q[5]              # within a group, order is kept
+    # within a group, order is kept
+    assert q[0] > q[1] > 0 and q[2] > q[3] > q[4] > q[5]
 
 
-# ---------------------------------------------------------------------- data.py: sources and parsers
+# --------------------------------------------------------------------- data.py: sources and parsers
 
 def ml1m(folder):
-    """A folder in ML-1M's exact layout: '::', latin-1 accents, ids with gaps, one film under two ids, a remake."""
+    """A folder in ML-1M's exact layout: '::', latin-1 accents, ids with gaps, one film under two
+    ids, a remake.
+    """
     folder.mkdir(parents=True)
-    films = [(1, "Toy Story (1995)", "Animation|Children's|Comedy"), (3, "Cité des enfants perdus, La (1995)", "Adventure|Sci-Fi"), (7, "Sabrina (1995)", "Comedy|Romance"),
-             (8, "Sabrina (1954)", "Comedy|Romance"), (11, "Ice Storm, The (1997)", "Drama"), (12, "Ice Storm, The (1997)", "Mystery"), (20, "Seven (Se7en) (1995)", "Crime|Thriller"),
-             (31, "Postman, The (Postino, Il) (1994)", "Drama"), (40, "Face/Off (1997)", "Action"), (52, "Nobody Rated Me (1990)", "Drama")] + \
-            [(100 + k, f"Film Number {w} ({1980 + k})", "Action") for k, w in enumerate("One Two Three Four Five Six".split())]
-    (folder / "movies.dat").write_text("".join(f"{i}::{t}::{g}\n" for i, t, g in films), encoding="latin-1")
+    films = [(1, "Toy Story (1995)", "Animation|Children's|Comedy"),
+             (3, "Cité des enfants perdus, La (1995)", "Adventure|Sci-Fi"),
+             (7, "Sabrina (1995)", "Comedy|Romance"),
+             (8, "Sabrina (1954)", "Comedy|Romance"), (11, "Ice Storm, The (1997)", "Drama"),
+             (12, "Ice Storm, The (1997)", "Mystery"), (20, "Seven (Se7en) (1995)",
+                                                        "Crime|Thriller"),
+             (31, "Postman, The (Postino, Il) (1994)", "Drama"), (40, "Face/Off (1997)", "Action"),
+             (52, "Nobody Rated Me (1990)", "Drama")] + \
+            [(100 + k, f"Film Number {w} ({1980 + k})", "Action") for k,
+             w in enumerate("One Two Three Four Five Six".split())]
+    (folder / "movies.dat").write_text("".join(f"{i}::{t}::{g}\n" for i, t, g in films),
+                                       encoding="latin-1")
     (folder / "users.dat").write_text("1::F::1::10::48067\n")
     rng, lines = np.random.default_rng(0), []
     ids = [i for i, *_ in films if i != 52]
     for u in (1, 2, 5, 6, 9, 10, 11, 12, 13, 14, 15, 16):
         for n, i in enumerate(rng.permutation(ids)[:12]):
-            lines.append(f"{u}::{i}::{rng.integers(1, 6)}::{978300000 + 1000 * u + n // 2}\n")   # ties in time
-    lines.append("99::1::5::978300000\n")                                                          # a user with one item
+            # ties in time
+            lines.append(f"{u}::{i}::{rng.integers(1, 6)}::{978300000 + 1000 * u + n // 2}\n")
+    # a user with one item
+    lines.append("99::1::5::978300000\n")
     (folder / "ratings.dat").write_text("".join(lines), encoding="latin-1")
     return folder
 
@@ -505,33 +575,48 @@ def test_ml1m_layout(tmp_path, capsys):
     raw = data.read_movielens(data.fetch_movielens("ml-1m", tmp_path))
     ds = data.prepare(raw, "Movies:\n", "movie")
     assert "La Cité des enfants perdus" in ds.titles and "The Postman (Il Postino)" in ds.titles and "Seven (Se7en)" in ds.titles and "Face/Off" in ds.titles
-    assert {"Sabrina (1995)", "Sabrina (1954)"} <= set(ds.titles) and "Toy Story" in ds.titles           # a year only where it is needed
+    # a year only where it is needed
+    assert {"Sabrina (1995)", "Sabrina (1954)"} <= set(ds.titles) and "Toy Story" in ds.titles
     assert ds.titles.count("The Ice Storm") == 1 and "Nobody Rated Me" not in ds.titles
     i = ds.titles.index("The Ice Storm")
     assert dict(zip(ds.groups, ds.credit[i]))["Drama"] == 0.5 and np.allclose(ds.credit.sum(1), 1)
     assert len(ds.users) == 12 and "1 of 13 users" in capsys.readouterr().out
     assert ds.users[:4] == ["1", "2", "5", "6"] and all(len(set(h)) == len(h) for h in ds.histories)
-    first = [l.split("::") for l in (tmp_path / "ml-1m" / "ratings.dat").read_text("latin-1").splitlines() if l.startswith("1::")]
+    first = [l.split("::") for l in (tmp_path / "ml-1m"
+                                     / "ratings.dat").read_text("latin-1").splitlines()
+             if l.startswith("1::")]
     known = {"1": "Toy Story", "40": "Face/Off", "7": "Sabrina (1995)"}
-    order = [f[1] for f in first if f[1] in known]                      # file order breaks the ties in time
-    assert [ds.titles[k] for k in ds.histories[0] if ds.titles[k] in known.values()] == [known[i] for i in order]
+    # file order breaks the ties in time
+    order = [f[1] for f in first if f[1] in known]
+    assert [ds.titles[k] for k in ds.histories[0] if ds.titles[k] in known.values()] == [known[i]
+        for i in order]
 
 
 def test_ml100k_both_layouts(tmp_path):
     a, b = tmp_path / "a" / "ml-100k", tmp_path / "b" / "ml-100k"
     a.mkdir(parents=True), b.mkdir(parents=True)
     flags = lambda *on: "|".join(str(int(k in on)) for k in range(19))
-    (a / "u.item").write_text(f"1|Toy Story (1995)|01-Jan-1995||http://x|{flags(3, 4, 5)}\n2|Misérables, Les (1995)|||http://y|{flags(8)}\n", encoding="latin-1")
+    (a / "u.item").write_text(f"1|Toy Story "
+                              f"(1995)|01-Jan-1995||http://x|{flags(3, 4, 5)}\n2|Misérables, Les "
+                              f"(1995)|||http://y|{flags(8)}\n", encoding="latin-1")
     (a / "u.data").write_text("1\t2\t3\t20\n1\t1\t5\t10\n")
     (b / "ml-100k.item").write_text("item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n1\tToy Story\t1995\tAnimation Children's Comedy\n2\tMisérables, Les\t1995\tDrama\n", encoding="utf-8")
     (b / "ml-100k.inter").write_text("user_id:token\titem_id:token\trating:float\ttimestamp:float\n1\t2\t3\t20\n1\t1\t5\t10\n")
-    x, y = (data.read_movielens(data.fetch_movielens("ml-100k", d)) for d in (tmp_path / "a", tmp_path / "b"))
-    assert x.items == y.items and x.times == y.times and x.items["1"] == ("Toy Story", "1995", ["Animation", "Children's", "Comedy"])
+    x, y = (data.read_movielens(data.fetch_movielens("ml-100k", d)) for d in (tmp_path / "a",
+        tmp_path / "b"))
+    assert x.items == y.items and x.times == y.times and x.items["1"] == ("Toy Story", "1995",
+        ["Animation", "Children's", "Comedy"])
 
 
-@pytest.mark.parametrize("title, want", [("Ice Storm, The", "The Ice Storm"), ("Fish Called Wanda, A", "A Fish Called Wanda"), ("Bye Bye, Love", "Bye Bye, Love"), ("Postino, Il", "Il Postino"),
-    ("Horseman on the Roof, The (Hussard sur le toit, Le)", "The Horseman on the Roof (Le Hussard sur le toit)"), ("Englishman Who Went Up a Hill, But Came Down a Mountain, The", "The Englishman Who Went Up a Hill, But Came Down a Mountain"),
-    ("Eau froide, L'", "L'Eau froide"), ("Fast, Cheap & Out of Control", "Fast, Cheap & Out of Control")])
+@pytest.mark.parametrize("title, want", [("Ice Storm, The", "The Ice Storm"),
+                                         ("Fish Called Wanda, A", "A Fish Called Wanda"),
+                                         ("Bye Bye, Love", "Bye Bye, Love"),
+                                         ("Postino, Il", "Il Postino"),
+    ("Horseman on the Roof, The (Hussard sur le toit, Le)", "The Horseman on the Roof (Le Hussard "
+     "sur le toit)"), ("Englishman Who Went Up a Hill, But Came Down a Mountain, The",
+                       "The Englishman Who Went Up a Hill, But Came Down a Mountain"),
+    ("Eau froide, L'", "L'Eau froide"), ("Fast, Cheap & Out of Control",
+                                         "Fast, Cheap & Out of Control")])
 def test_natural_titles(title, want):
     assert data.natural(title) == want
 
@@ -544,9 +629,11 @@ def test_zip_is_checked_and_unpacked_by_name(tmp_path, monkeypatch):
         data.fetch_movielens("ml-1m", tmp_path)
     assert not (tmp_path / "ml-1m").exists()
     import hashlib
-    monkeypatch.setitem(data.ML_MD5, "ml-1m", hashlib.md5((tmp_path / "ml-1m.zip").read_bytes()).hexdigest())
+    monkeypatch.setitem(data.ML_MD5, "ml-1m",
+                        hashlib.md5((tmp_path / "ml-1m.zip").read_bytes()).hexdigest())
     folder = data.fetch_movielens("ml-1m", tmp_path)
-    assert sorted(p.name for p in folder.iterdir()) == ["movies.dat", "ratings.dat", "users.dat"] and folder.parent == tmp_path
+    assert sorted(p.name for p in folder.iterdir()) == ["movies.dat", "ratings.dat",
+                                                        "users.dat"] and folder.parent == tmp_path
 
 
 def test_no_network_and_no_fallback_says_which_file(tmp_path, monkeypatch):
@@ -557,7 +644,8 @@ def test_no_network_and_no_fallback_says_which_file(tmp_path, monkeypatch):
         data.fetch_movielens("ml-1m", tmp_path)
 
 
-@pytest.mark.parametrize("line, why", [("1::2::3\n", "3 fields"), ("1::1::5::soon\n", "not a number"), ("", "no ratings")])
+@pytest.mark.parametrize("line, why", [("1::2::3\n", "3 fields"),
+                                       ("1::1::5::soon\n", "not a number"), ("", "no ratings")])
 def test_bad_ratings_are_named_by_line(tmp_path, line, why):
     folder = ml1m(tmp_path / "ml-1m")
     (folder / "ratings.dat").write_text(line)
@@ -570,7 +658,8 @@ def test_popularity_groups_and_windows(toy):
     ds = data.load_dataset("toy", group_by="popularity", max_users=40)
     count = ds.train_counts()
     assert ds.credit.shape[1] == 5 and np.ptp(ds.credit.sum(0)) <= 1
-    assert all(count[ds.credit[:, g] == 1].min() >= count[ds.credit[:, g + 1] == 1].max() for g in range(4))
+    assert all(count[ds.credit[:, g] == 1].min() >= count[ds.credit[:, g + 1] == 1].max()
+               for g in range(4))
     h = data.load_dataset("toy", holdout=2, max_users=40)
     user, history, target = h.cases("test")
     val_user, val_history, val_target = h.cases("val")
@@ -579,11 +668,13 @@ def test_popularity_groups_and_windows(toy):
     rng, seen = np.random.default_rng(0), np.zeros(len(ds.titles), int)
     gen = data.training_windows(ds, 5, rng)
     targets = sum(len(ds.train(u)) - 1 for u in range(len(ds.users)))
-    while targets > 0:                                                 # one epoch: every title but the first, once
+    # one epoch: every title but the first, once
+    while targets > 0:
         w = next(gen)
         targets -= len(w) - 1
         np.add.at(seen, w[1:], 1)
-    want = np.bincount(np.concatenate([ds.train(u)[1:] for u in range(len(ds.users))]), minlength=len(ds.titles))
+    want = np.bincount(np.concatenate([ds.train(u)[1:] for u in range(len(ds.users))]),
+                       minlength=len(ds.titles))
     assert targets == 0 and (seen == want).all()
 
 
@@ -591,15 +682,19 @@ def test_popularity_groups_and_windows(toy):
 
 def test_options():
     cfg = train.configure(["--dropout=0", "--dataset=ml100k", "--out_dir=a=b", "--compile=False"])
-    assert cfg.dropout == 0.0 and isinstance(cfg.dropout, float) and cfg.out_dir == "a=b" and "SmolLM2" in cfg.init_from
+    assert cfg.dropout == 0.0 and isinstance(cfg.dropout,
+                                             float) and cfg.out_dir == "a=b" and "SmolLM2" in cfg.init_from
     assert train.configure([]).init_from == "scratch" and train.configure(["--dataset=ml1m"]).out_dir == "out/ml1m"
-    for bad, why in (("--rouns=3", "rounds"), ("--dataset=ml10k", "ml100k"), ("--topk=0", "topk"), ("--seed=x", "int"), ("rounds=1", "--key=value"),
-                     ("--temperature=0", "above 0"), ("--alpha=1.5", "alpha"), ("--group_by=genres", "genre"), ("--sft_full=maybe", "True or False")):
+    for bad, why in (("--rouns=3", "rounds"), ("--dataset=ml10k", "ml100k"), ("--topk=0", "topk"),
+                     ("--seed=x", "int"), ("rounds=1", "--key=value"),
+                     ("--temperature=0", "above 0"), ("--alpha=1.5", "alpha"),
+                     ("--group_by=genres", "genre"), ("--sft_full=maybe", "True or False")):
         with pytest.raises(data.InputError, match=why):
             train.configure([bad])
 
 
-SMALL = ["--pretrain_iters=20", "--sft_iters=20", "--eval_every=10", "--rounds=2", "--round_iters=4", "--max_users=60", "--branches=3", "--num_negatives=4"]
+SMALL = ["--pretrain_iters=20", "--sft_iters=20", "--eval_every=10", "--rounds=2",
+         "--round_iters=4", "--max_users=60", "--branches=3", "--num_negatives=4"]
 
 
 def test_toy_end_to_end_and_bitwise_again(tmp_path):
@@ -608,18 +703,26 @@ def test_toy_end_to_end_and_bitwise_again(tmp_path):
         train.main(train.configure(SMALL + [f"--out_dir={tmp_path / name}"]))
         r = json.loads((tmp_path / name / "results.json").read_text())
         results.append(r)
-        assert [row["stage"] for row in r["rows"]] == ["pretrained", "pretrained-vocab", "sft", "ufo-1", "ufo-2"]
-        assert {"HR@10", "NDCG@10", "MGU@10", "DGU@10", "coverage", "ci", "minutes", "log_loss"} <= set(r["rows"][0])
-        assert {"groups", "E_star", "E_pre", "E_sft", "covariance", "correlation"} <= set(r["origins"]) and r["config"]["seed"] == 0
-        events = [json.loads(line)["event"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        assert [row["stage"] for row in r["rows"]] == ["pretrained", "pretrained-vocab", "sft",
+                                                       "ufo-1", "ufo-2"]
+        assert {"HR@10", "NDCG@10", "MGU@10", "DGU@10", "coverage", "ci", "minutes",
+                "log_loss"} <= set(r["rows"][0])
+        assert {"groups", "E_star", "E_pre", "E_sft", "covariance",
+                "correlation"} <= set(r["origins"]) and r["config"]["seed"] == 0
+        events = [json.loads(line)["event"] for line in (tmp_path / name
+                                                         / "log.jsonl").read_text().splitlines()]
         assert {"pretrain", "sft", "eval", "correct", "round"} <= set(events)
-    figures = [[{k: v for k, v in row.items() if k != "minutes"} for row in r["rows"]] for r in results]
+    figures = [[{k: v for k, v in row.items() if k != "minutes"} for row in r["rows"]]
+               for r in results]
     assert figures[0] == figures[1]
 
 
 def test_sft_and_the_game_learn(tmp_path):
-    """A short toy run: SFT must lower the log-loss, and the controller must lower MGU, by more than their intervals."""
-    cfg = train.configure([f"--out_dir={tmp_path}", "--max_users=300", "--pretrain_iters=60", "--sft_iters=120", "--eval_every=60", "--rounds=3", "--round_iters=30"])
+    """A short toy run: SFT must lower the log-loss, and the controller must lower MGU, by more than
+    their intervals.
+    """
+    cfg = train.configure([f"--out_dir={tmp_path}", "--max_users=300", "--pretrain_iters=60",
+                           "--sft_iters=120", "--eval_every=60", "--rounds=3", "--round_iters=30"])
     train.main(cfg)
     rows = {r["stage"]: r for r in json.loads((tmp_path / "results.json").read_text())["rows"]}
     assert rows["sft"]["ci"]["log_loss"][1] < rows["pretrained"]["ci"]["log_loss"][0]
@@ -632,8 +735,12 @@ def test_ml1m_end_to_end_for_a_few_steps(tmp_path, monkeypatch):
     hf, _ = hf_pair("llama", vocab_size=420, tie_word_embeddings=True)
     hf.save_pretrained(tmp_path / "model")
     bpe_tokenizer(pre_tokenizer_kinds()["smollm2"]).save_pretrained(tmp_path / "model")
-    train.main(train.configure(["--dataset=ml1m", f"--data_dir={tmp_path / 'data'}", f"--init_from={tmp_path / 'model'}", f"--out_dir={tmp_path / 'out'}", "--topk=3", "--lora_rank=2", "--alpha=0.5",
-                                "--sft_iters=3", "--eval_every=2", "--rounds=1", "--round_iters=2", "--batch_size=2", "--branches=2", "--num_negatives=3"]))
+    train.main(train.configure(["--dataset=ml1m", f"--data_dir={tmp_path / 'data'}",
+                                f"--init_from={tmp_path / 'model'}",
+                                f"--out_dir={tmp_path / 'out'}", "--topk=3", "--lora_rank=2",
+                                "--alpha=0.5",
+                                "--sft_iters=3", "--eval_every=2", "--rounds=1", "--round_iters=2",
+                                "--batch_size=2", "--branches=2", "--num_negatives=3"]))
     r = json.loads((tmp_path / "out" / "results.json").read_text())
     assert r["rows"][-1]["stage"] == "ufo-1" and 0 <= r["rows"][-1]["HR@3"] <= 1 and "Sci-Fi" in r["origins"]["groups"]
     saved = torch.load(tmp_path / "out" / "model.pt", weights_only=True)

@@ -1,7 +1,8 @@
-"""nanoUFO: pretrain -> SFT -> self-play, and the table of what each did to accuracy and to fairness.
+"""nanoUFO: pretrain -> SFT -> self-play, and the table of what each did to accuracy and to
+fairness.
 
-    python train.py                         the toy world, CPU, about two minutes
-    python train.py --dataset=ml100k        SmolLM2-135M on MovieLens-100K (ml1m: MovieLens-1M); one GPU
+    python train.py                         the toy world, CPU, about two minutes python train.py
+    --dataset=ml100k        SmolLM2-135M on MovieLens-100K (ml1m: MovieLens-1M); one GPU
 
 Options are --key=value over the Config below. Equation numbers are those of the README.
 """
@@ -35,21 +36,27 @@ class Config:
     dataset: str = "toy"            # toy | ml100k | ml1m
     data_dir: str = "data"          # downloads and prepared files are kept here
     out_dir: str = ""               # results.json, log.jsonl, model.pt; default out/<dataset>
-    group_by: str = "genre"         # genre (an item with n genres gives 1/n to each) | popularity (quintiles)
-    holdout: int = 1                # the last `holdout` items of a user are test, those before validation
+    # genre (an item with n genres gives 1/n to each) | popularity (quintiles)
+    group_by: str = "genre"
+    # the last `holdout` items of a user are test, those before validation
+    holdout: int = 1
     max_users: int = 0              # keep this many users (0: all; toy: 900)
-    eval_users: int = 0             # measure on this many users, evenly spaced (0: all); training uses every user
+    # measure on this many users, evenly spaced (0: all); training uses every user
+    eval_users: int = 0
     history: int = 20               # titles of the history that a prompt shows
     topk: int = 10                  # length K of a recommendation list
     seed: int = 0                   # of everything drawn; the toy world itself too
     # the machine
     device: str = "auto"            # auto | cuda | cpu | mps
-    dtype: str = "auto"             # auto | bfloat16 | float16 | float32, for the frozen base and the activations
-    compile: str = "auto"           # auto (on a GPU) | True | False: torch.compile the training passes
+    # auto | bfloat16 | float16 | float32, for the frozen base and the activations
+    dtype: str = "auto"
+    # auto (on a GPU) | True | False: torch.compile the training passes
+    compile: str = "auto"
     eval_batch: int = 64            # users at a time in search and play
     # the model
     init_from: str = "HuggingFaceTB/SmolLM2-135M"   # hub id | folder | file.gguf | scratch
-    tokens: str = "text"            # scratch only: text (titles as written) | items (one token a title, a yardstick)
+    # scratch only: text (titles as written) | items (one token a title, a yardstick)
+    tokens: str = "text"
     dim: int = 96                   # scratch only: width
     n_layers: int = 3               # scratch only
     n_heads: int = 4                # scratch only; half as many key/value heads
@@ -59,13 +66,16 @@ class Config:
     # SFT
     batch_size: int = 16            # windows a step, SFT and self-play
     lora_rank: int = 16             # rank of both adapters, scaled by 2
-    sft_full: bool = False          # train all weights in SFT, not an adapter (a small model from scratch)
+    # train all weights in SFT, not an adapter (a small model from scratch)
+    sft_full: bool = False
     sft_window: int = 20            # titles a training window holds
-    sft_iters: int = 3000           # steps at most; the learning rate falls to a fiftieth over them (cosine)
+    # steps at most; the learning rate falls to a fiftieth over them (cosine)
+    sft_iters: int = 3000
     sft_lr: float = 1e-3
     weight_decay: float = 0.01      # AdamW's, SFT and self-play
     eval_every: int = 250           # steps between looks at validation NDCG
-    patience: int = 4               # looks without a better NDCG before SFT stops (0: never stops early)
+    # looks without a better NDCG before SFT stops (0: never stops early)
+    patience: int = 4
     # self-play
     rounds: int = 4                 # T
     round_iters: int = 150          # corrector steps a round, on as many fresh batches
@@ -78,19 +88,27 @@ class Config:
     gamma: float = 0.4              # gain of the controller (7); 0 turns the reweighting off
 
 
-PRESETS = {                         # what a data set changes; then what a model from scratch on it changes
-    "toy": dict(init_from="scratch", history=15, sft_window=15, sft_iters=240, eval_every=60, batch_size=32, pretrain_iters=600, round_iters=30,
-                rounds=3, lr=3e-4, num_negatives=8, temperature=1.0, gamma=0.5, sft_lr=3e-3, eval_batch=200),
+# what a data set changes; then what a model from scratch on it changes
+PRESETS = {
+    "toy": dict(init_from="scratch", history=15, sft_window=15, sft_iters=240, eval_every=60,
+                batch_size=32, pretrain_iters=600, round_iters=30,
+                rounds=3, lr=3e-4, num_negatives=8, temperature=1.0, gamma=0.5, sft_lr=3e-3,
+                eval_batch=200),
     "ml100k": dict(),
     "ml1m": dict(sft_iters=8000, eval_every=500, batch_size=32),
-    "scratch": dict(dim=160, n_layers=3, n_heads=5, dropout=0.2, sft_full=True, sft_window=30, history=30, sft_lr=2e-3, sft_iters=2700,
+    "scratch": dict(dim=160, n_layers=3, n_heads=5, dropout=0.2, sft_full=True, sft_window=30,
+                    history=30, sft_lr=2e-3, sft_iters=2700,
                     weight_decay=0.1, eval_every=300, lr=1e-3),
 }
-CHOICES = {"dataset": ("toy", "ml100k", "ml1m"), "group_by": ("genre", "popularity"), "tokens": ("text", "items"),
-           "device": ("auto", "cuda", "cpu", "mps"), "dtype": ("auto", "bfloat16", "float16", "float32"),
+CHOICES = {"dataset": ("toy", "ml100k", "ml1m"), "group_by": ("genre", "popularity"),
+           "tokens": ("text", "items"),
+           "device": ("auto", "cuda", "cpu", "mps"), "dtype": ("auto", "bfloat16", "float16",
+               "float32"),
            "compile": ("auto", "True", "False")}
-AT_LEAST = dict(holdout=1, max_users=0, eval_users=0, history=1, topk=1, batch_size=1, eval_batch=1, lora_rank=1, sft_window=2, sft_iters=0,
-                eval_every=1, rounds=0, round_iters=1, branches=1, num_negatives=1, gamma=0, lam=0, alpha=0, pretrain_iters=0, dropout=0)
+AT_LEAST = dict(holdout=1, max_users=0, eval_users=0, history=1, topk=1, batch_size=1, eval_batch=1,
+                lora_rank=1, sft_window=2, sft_iters=0,
+                eval_every=1, rounds=0, round_iters=1, branches=1, num_negatives=1, gamma=0, lam=0,
+                alpha=0, pretrain_iters=0, dropout=0)
 
 
 def nearest(word, options):
@@ -99,7 +117,9 @@ def nearest(word, options):
 
 
 def configure(argv):
-    """['--key=value', ...] -> Config: the class's defaults, the data set's preset, then what was typed. InputError in a line."""
+    """['--key=value', ...] -> Config: the class's defaults, the data set's preset, then what was
+    typed. InputError in a line.
+    """
     fields = {f.name: f for f in dataclasses.fields(Config)}
     typed = {}
     for arg in argv:
@@ -113,10 +133,12 @@ def configure(argv):
         try:
             typed[key] = {"True": True, "False": False}[value] if kind is bool else kind(value)
         except (ValueError, KeyError):
-            raise data.InputError(f"--{key}={value}: expected {'True or False' if kind is bool else kind.__name__}") from None
+            raise data.InputError(f"--{key}={value}: expected "
+                                  f"{'True or False' if kind is bool else kind.__name__}") from None
     name = typed.get("dataset", Config.dataset)
     if name not in PRESETS or name == "scratch":
-        raise data.InputError(f"--dataset={name}: no such data set{nearest(name, CHOICES['dataset'])}")
+        raise data.InputError(f"--dataset={name}: no such data "
+                              f"set{nearest(name, CHOICES['dataset'])}")
     preset = dict(PRESETS[name])
     if name != "toy" and typed.get("init_from") == "scratch":
         preset |= PRESETS["scratch"]
@@ -124,7 +146,8 @@ def configure(argv):
     cfg.out_dir = cfg.out_dir or f"out/{cfg.dataset}"
     for key, options in CHOICES.items():
         if getattr(cfg, key) not in options:
-            raise data.InputError(f"--{key}={getattr(cfg, key)}: not known{nearest(getattr(cfg, key), options)}")
+            raise data.InputError(f"--{key}={getattr(cfg, key)}: not "
+                                  f"known{nearest(getattr(cfg, key), options)}")
     for key, low in AT_LEAST.items():
         if not getattr(cfg, key) >= low:
             raise data.InputError(f"--{key}={getattr(cfg, key)}: must be at least {low}")
@@ -134,7 +157,8 @@ def configure(argv):
     if cfg.alpha > 1 or cfg.dropout >= 1:
         raise data.InputError("--alpha must be at most 1 and --dropout under 1")
     if cfg.dim % (2 * cfg.n_heads):
-        raise data.InputError(f"--dim={cfg.dim}: must be a multiple of twice --n_heads={cfg.n_heads}")
+        raise data.InputError(f"--dim={cfg.dim}: must be a multiple of twice "
+                              f"--n_heads={cfg.n_heads}")
     if cfg.init_from != "scratch" and (cfg.sft_full or cfg.tokens != "text"):
         raise data.InputError("--sft_full and --tokens=items are for --init_from=scratch")
     return cfg
@@ -149,7 +173,8 @@ def choose_device(cfg):
         name = "cuda" if torch.cuda.is_available() else "cpu"
         why = "a GPU is here" if name == "cuda" else "no GPU is here"
     if name == "cuda" and not torch.cuda.is_available():
-        raise data.InputError("--device=cuda: torch sees no GPU here; --device=cpu, or install a torch with CUDA")
+        raise data.InputError("--device=cuda: torch sees no GPU here; --device=cpu, or install a "
+                              "torch with CUDA")
     if name == "mps" and not torch.backends.mps.is_available():
         raise data.InputError("--device=mps: torch sees no Apple GPU here; use --device=cpu")
     dtype, reason = cfg.dtype, "asked for"
@@ -168,10 +193,12 @@ def choose_device(cfg):
 # ---------------------------------------------------------------------- the run
 
 class Policies:
-    """The three policies by name, over one frozen base: policies("pretrained" | "sft" | "player") -> the model, switched.
+    """The three policies by name, over one frozen base: policies("pretrained" | "sft" | "player")
+    -> the model, switched.
 
-    `tuned` is the base itself, carrying the adapters "sft" and "player". Only with sft_full is it a second model (a copy that
-    SFT trains whole, then frozen in its turn; its "player" adapter starts at zero, which is the SFT model).
+    `tuned` is the base itself, carrying the adapters "sft" and "player". Only with sft_full is it a
+    second model (a copy that SFT trains whole, then frozen in its turn; its "player" adapter starts
+    at zero, which is the SFT model).
     """
 
     def __init__(self, base, full):
@@ -182,20 +209,26 @@ class Policies:
     def __call__(self, name, compiled=False):
         model = self.base if name == "pretrained" else self.tuned
         model.use(None if name == "pretrained" or (self.full and name == "sft") else name)
-        return self.compiled.setdefault(id(model), torch.compile(model, dynamic=True)) if compiled else model
+        if compiled and model not in self.compiled:
+            self.compiled[model] = torch.compile(model, dynamic=True)
+        return self.compiled[model] if compiled else model
 
 
 class Run:
-    """What the stages share: configuration, data, catalog, policies, the log. One instance a run."""
+    """What the stages share: configuration, data, catalog, policies, the log. One instance a run.
+    """
 
     def __init__(self, cfg):
         self.cfg, self.start = cfg, time.time()
         self.device, self.dtype = choose_device(cfg)
-        self.compile = cfg.compile == "True" or (cfg.compile == "auto" and self.device.type == "cuda")
-        self.multiple = 64 if self.compile else 8                          # prompts are padded to this many tokens
+        self.compile = cfg.compile == "True" or (cfg.compile == "auto" and self.device.type
+                                                 == "cuda")
+        # prompts are padded to this many tokens
+        self.multiple = 64 if self.compile else 8
         torch.manual_seed(cfg.seed)
         self.rng = np.random.default_rng(cfg.seed)
-        self.ds = ds = data.load_dataset(cfg.dataset, cfg.data_dir, cfg.group_by, cfg.holdout, cfg.max_users, cfg.seed)
+        self.ds = ds = data.load_dataset(cfg.dataset, cfg.data_dir, cfg.group_by, cfg.holdout,
+                                         cfg.max_users, cfg.seed)
         if cfg.topk >= len(ds.titles):
             raise data.InputError(f"--topk={cfg.topk}: the catalog has only {len(ds.titles)} titles")
         base, self.tokenizer, self.source = self.build()
@@ -207,11 +240,14 @@ class Run:
         self.out = Path(cfg.out_dir)
         self.out.mkdir(parents=True, exist_ok=True)
         self.log_file = open(self.out / "log.jsonl", "w")
-        self.cases = {split: spaced(ds.cases(split), cfg.eval_users * cfg.holdout) for split in ("val", "test")}
+        self.cases = {split: spaced(ds.cases(split), cfg.eval_users * cfg.holdout)
+                      for split in ("val", "test")}
         n = sum(map(len, ds.histories))
-        print(f"{cfg.dataset}: {len(ds.users)} users, {len(ds.titles)} titles, {n} ratings, {len(ds.groups)} groups by {cfg.group_by}; "
+        print(f"{cfg.dataset}: {len(ds.users)} users, {len(ds.titles)} titles, {n} ratings, "
+              f"{len(ds.groups)} groups by {cfg.group_by}; "
               f"{np.mean([len(t) for t in self.catalog.tokens]):.1f} tokens a title, "
-              f"{(self.catalog.trie.modes['trie'].step_node >= 0).sum(1).float().mean():.1f} of them choices")
+              f"{(self.catalog.trie.modes['trie'].step_node >= 0).sum(1).float().mean():.1f} of "
+              f"them choices")
         print(f"model: {describe(base)}, from {self.source}; tokens: {self.tokenizer.name}")
 
     def build(self):
@@ -225,16 +261,20 @@ class Run:
                 texts = lines + [ds.header] + ds.corpus
                 if cfg.dataset == "toy":
                     raw = data.word_tokenizer(texts)
-                else:                                                          # the tokens of the pretrained model it stands beside
+                # the tokens of the pretrained model it stands beside
+                else:
                     folder, gguf, _ = data.fetch_model(Config.init_from, cfg.data_dir)
                     raw = data.model_tokenizer(folder, gguf, texts)
                 tok = raw.compact(texts)
-            c = ModelConfig(tok.vocab_size, dim=cfg.dim, n_layers=cfg.n_layers, n_heads=cfg.n_heads, n_kv_heads=cfg.n_heads // 2 if cfg.n_heads % 2 == 0 else cfg.n_heads,
-                            head_dim=cfg.dim // cfg.n_heads, ffn_dim=8 * cfg.dim // 3, dropout=cfg.dropout)
+            c = ModelConfig(tok.vocab_size, dim=cfg.dim, n_layers=cfg.n_layers, n_heads=cfg.n_heads,
+                            n_kv_heads=cfg.n_heads // 2 if cfg.n_heads % 2 == 0 else cfg.n_heads,
+                            head_dim=cfg.dim // cfg.n_heads, ffn_dim=8 * cfg.dim // 3,
+                            dropout=cfg.dropout)
             return Model(c), tok, "scratch"
         folder, gguf, source = data.fetch_model(cfg.init_from, cfg.data_dir)
         try:
-            return load(folder, gguf), data.model_tokenizer(folder, gguf, lines + [ds.header]), source
+            return load(folder, gguf), data.model_tokenizer(folder, gguf,
+                                                            lines + [ds.header]), source
         except (OSError, ValueError) as e:
             raise data.InputError(f"init_from={cfg.init_from}: {str(e).splitlines()[0]}") from None
 
@@ -245,17 +285,22 @@ class Run:
         self.log_file.write(json.dumps(line | {"minutes": round(self.minutes(), 3)}) + "\n")
         self.log_file.flush()
 
-    # ------------------------------------------------------------------ one optimizer step, one evaluation
+    # ----------------------------------------------------------- one optimizer step, one evaluation
 
     def optimizer(self, params, lr):
-        """AdamW over float32 parameters (matrices decay, vectors do not), and the scaler that float16 needs."""
-        groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": self.cfg.weight_decay},
+        """AdamW over float32 parameters (matrices decay, vectors do not), and the scaler that
+        float16 needs.
+        """
+        groups = [{"params": [p for p in params if p.dim() >= 2],
+                   "weight_decay": self.cfg.weight_decay},
                   {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
         opt = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
         return opt, torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def step(self, loss, params, opt, scaler):
-        """Backward, clip to norm 1, update. With float16 the scaler leaves a step out when a gradient overflows."""
+        """Backward, clip to norm 1, update. With float16 the scaler leaves a step out when a
+        gradient overflows.
+        """
         if not torch.isfinite(loss):
             raise SystemExit(f"the loss is {loss.item()}: stopped (lower the learning rate)")
         scaler.scale(loss).backward()
@@ -268,16 +313,21 @@ class Run:
 
     @torch.no_grad()
     def measure(self, policy, split, over="trie", stage=None, most=0):
-        """Top-K lists and log-loss of a policy on the cases of a split -> metrics.report's dict, with the lists. Logs a line.
-        most: of so many cases only, evenly spaced."""
+        """Top-K lists and log-loss of a policy on the cases of a split -> metrics.report's dict,
+        with the lists. Logs a line. most: of so many cases only, evenly spaced.
+        """
         cfg, t0 = self.cfg, time.time()
         user, history, target = spaced(self.cases[split], most)
         model = self.policies(policy).eval()
-        order = np.argsort([-len(h[-cfg.history:]) for h in history], kind="stable")   # like lengths together
+        # like lengths together
+        order = np.argsort([-len(h[-cfg.history:]) for h in history], kind="stable")
         lists, log_loss, run = np.empty((len(user), cfg.topk), int), np.empty(len(user)), 0
-        for i in tqdm(range(0, len(order), cfg.eval_batch), f"{stage or policy} {split}", leave=False, disable=None):
+        for i in tqdm(range(0, len(order), cfg.eval_batch), f"{stage or policy} {split}",
+                      leave=False, disable=None):
             b = order[i:i + cfg.eval_batch]
-            search = selfplay.Search(model, self.catalog.trie, self.catalog.prompts([history[n] for n in b], self.device), over)
+            search = selfplay.Search(model, self.catalog.trie,
+                                     self.catalog.prompts([history[n] for n in b], self.device),
+                                     over)
             items = torch.as_tensor(target[b], device=self.device)[:, None]
             log_loss[b] = -search.score(items)[:, 0].double().cpu().numpy()
             seen = torch.zeros(len(b), len(self.ds.titles), dtype=torch.bool, device=self.device)
@@ -285,22 +335,30 @@ class Run:
                 seen[row, history[n]] = True
             items, _, n_run = search.top_k(cfg.topk, seen)
             lists[b], run = items.cpu().numpy(), run + int(n_run.sum())
-        row = metrics.report(self.ds.credit, user, [h[-cfg.history:] for h in history], lists, target, log_loss)
+        row = metrics.report(self.ds.credit, user, [h[-cfg.history:] for h in history], lists,
+                             target, log_loss)
         k = cfg.topk
-        self.log(event="eval", stage=stage or policy, split=split, over=over, prefixes=run / len(user), seconds=time.time() - t0,
+        self.log(event="eval", stage=stage or policy, split=split, over=over, prefixes=run
+                 / len(user), seconds=time.time() - t0,
                  **{m: row[m] for m in row if m not in ("ci", "E", "E_star")})
-        print(f"[{self.minutes():5.1f} min] {stage or policy:>14} {split:4} {over:5} HR@{k} {row[f'HR@{k}']:.4f}  NDCG@{k} {row[f'NDCG@{k}']:.4f}  "
-              f"MGU@{k} {row[f'MGU@{k}']:.4f}  DGU@{k} {row[f'DGU@{k}']:.4f}  log-loss {row['log_loss']:.3f}  coverage {row['coverage']:.3f}  "
+        print(f"[{self.minutes():5.1f} min] {stage or policy:>14} {split:4} {over:5} HR@{k} "
+              f"{row[f'HR@{k}']:.4f}  NDCG@{k} {row[f'NDCG@{k}']:.4f}  "
+              f"MGU@{k} {row[f'MGU@{k}']:.4f}  DGU@{k} {row[f'DGU@{k}']:.4f}  log-loss "
+              f"{row['log_loss']:.3f}  coverage {row['coverage']:.3f}  "
               f"({run / len(user):.0f} prefixes a user, {time.time() - t0:.0f} s)", flush=True)
-        return row | {"stage": stage or policy, "over": over, "lists": lists, "minutes": round(self.minutes(), 2)}
+        return row | {"stage": stage or policy, "over": over, "lists": lists,
+                      "minutes": round(self.minutes(), 2)}
 
     # ------------------------------------------------------------------ the stages
 
     def pretrain(self):
-        """From scratch only: plain next-token training on the corpus (the toy's web, or cards of the catalog), so that the model
-        starts with a knowledge, and a bias, that the users' histories did not give it."""
+        """From scratch only: plain next-token training on the corpus (the toy's web, or cards of
+        the catalog), so that the model starts with a knowledge, and a bias, that the users'
+        histories did not give it.
+        """
         cfg, model = self.cfg, self.base
-        docs = [torch.tensor(list(self.tokenizer.prefix) + self.tokenizer.encode(t)) for t in self.ds.corpus]
+        docs = [torch.tensor(list(self.tokenizer.prefix) + self.tokenizer.encode(t))
+                for t in self.ds.corpus]
         params = list(model.parameters())
         opt, scaler = self.optimizer(params, cfg.pretrain_lr)
         model.train()
@@ -312,13 +370,16 @@ class Run:
             tokens = data.pad(batch, self.multiple).to(self.device)
             logits = model.logits(model(tokens[:, :-1]))
             real = torch.arange(1, tokens.shape[1], device=self.device) < length[:, None]
-            loss = self.step(torch.nn.functional.cross_entropy(logits[real], tokens[:, 1:][real]), params, opt, scaler)
+            loss = self.step(torch.nn.functional.cross_entropy(logits[real], tokens[:, 1:][real]),
+                             params, opt, scaler)
             if it % 20 == 0:
                 bar.set_postfix(loss=f"{loss:.3f}")
                 self.log(event="pretrain", it=it, loss=loss)
 
     def sft(self):
-        """Maximise (1) on windows of the histories, every title but a window's first; keep the weights of the best validation NDCG."""
+        """Maximise (1) on windows of the histories, every title but a window's first; keep the
+        weights of the best validation NDCG.
+        """
         cfg, policies, k = self.cfg, self.policies, f"NDCG@{self.cfg.topk}"
         if cfg.sft_full:
             params = [p.requires_grad_() for p in policies.tuned.parameters()]
@@ -338,9 +399,11 @@ class Run:
         for it in bar:
             set_lr(opt, cfg.sft_lr, it, cfg.sft_iters)
             model = policies("sft", self.compile).train()
-            tokens, at, node, child, n = self.catalog.window_batch([next(windows) for _ in range(cfg.batch_size)], self.device, self.multiple)
+            tokens, at, node, child, n = self.catalog.window_batch([next(windows)
+                for _ in range(cfg.batch_size)], self.device, self.multiple)
             hidden = model(tokens).flatten(0, 1)[at]
-            loss = -selfplay.step_log_prob(model, self.catalog.trie, hidden, node, child).sum() / n    # nats a title
+            # nats a title
+            loss = -selfplay.step_log_prob(model, self.catalog.trie, hidden, node, child).sum() / n
             loss = self.step(loss, params, opt, scaler)
             if it % 10 == 0:
                 bar.set_postfix(log_loss=f"{loss:.3f}", best=f"{best:.4f}")
@@ -358,7 +421,9 @@ class Run:
         policies.tuned.freeze()
 
     def correct(self, windows, places, items, logq_t, logq_sft, weights, optimizer):
-        """A round's corrector steps: minimise (9) on what `selfplay.play` made. -> mean loss and judger's accuracy."""
+        """A round's corrector steps: minimise (9) on what `selfplay.play` made. -> mean loss and
+        judger's accuracy.
+        """
         cfg, losses, right = self.cfg, [], []
         opt, scaler = optimizer
         params = self.policies.tuned.adapter_parameters("player")
@@ -367,9 +432,11 @@ class Run:
             b = slice(i, i + cfg.batch_size)
             model = self.policies("player", self.compile).train()
             prompt = self.catalog.branches(windows[b], places[b], self.device, self.multiple)
-            logq = selfplay.log_q(model, self.catalog.trie, prompt, items[b])              # (B, A, 1 + S)
+            # (B, A, 1 + S)
+            logq = selfplay.log_q(model, self.catalog.trie, prompt, items[b])
             f = judger.score(logq, logq_t[b], logq_sft[b], cfg.lam, cfg.alpha).flatten(0, 1)
-            losses.append(self.step(corrector.loss(f, weights[items[b, :, 0]].flatten()), params, opt, scaler))
+            losses.append(self.step(corrector.loss(f, weights[items[b, :, 0]].flatten()), params,
+                                    opt, scaler))
             right.append(judger.accuracy(f.detach()))
             if it % 10 == 0:
                 bar.set_postfix(loss=f"{losses[-1]:.3f}", judger=f"{np.mean(right[-20:]):.3f}")
@@ -377,7 +444,9 @@ class Run:
         return np.mean(losses), np.mean(right)
 
     def play_rounds(self, E_pre):
-        """The game: judge the groups (7) -> play -> correct (9) -> measure, `rounds` times. Yields a test row a round."""
+        """The game: judge the groups (7) -> play -> correct (9) -> measure, `rounds` times. Yields
+        a test row a round.
+        """
         cfg, ds = self.cfg, self.ds
         tuned = self.policies.tuned
         tuned.add_adapter("player", cfg.lora_rank, like=None if cfg.sft_full else "sft")
@@ -391,24 +460,33 @@ class Run:
             log_v = judger.control(log_v, E_star, E_t, cfg.gamma)
             from_pretraining, from_tuning = judger.verdict_parts(E_star, E_pre, E_t)
             g = int(np.abs(log_v).argmax())
-            print(f"round {t}: judge: log v from {log_v.min():+.2f} to {log_v.max():+.2f}, most for {ds.groups[g]} ({log_v[g]:+.2f}; "
-                  f"error now {from_pretraining[g]:+.2f} from pretraining {from_tuning[g]:+.2f} since)")
+            print(f"round {t}: judge: log v from {log_v.min():+.2f} to {log_v.max():+.2f}, most "
+                  f"for {ds.groups[g]} ({log_v[g]:+.2f}; "
+                  f"error now {from_pretraining[g]:+.2f} from pretraining {from_tuning[g]:+.2f} "
+                  f"since)")
             batch = [next(windows) for _ in range(cfg.round_iters * cfg.batch_size)]
             places = data.draw_places(batch, cfg.branches, self.rng)
             tuned.eval()
             bar = lambda loop: tqdm(loop, "play", disable=None, leave=False)
-            played = selfplay.play(self.policies, self.catalog, batch, places, cfg.num_negatives, cfg.temperature,
-                                   max(1, cfg.eval_batch // cfg.branches), cfg.alpha, bar, generator)
-            weights = torch.as_tensor(judger.item_weights(ds.credit, log_v), dtype=torch.float32, device=self.device)
+            played = selfplay.play(self.policies, self.catalog, batch, places, cfg.num_negatives,
+                                   cfg.temperature,
+                                   max(1, cfg.eval_batch // cfg.branches), cfg.alpha, bar,
+                                   generator)
+            weights = torch.as_tensor(judger.item_weights(ds.credit, log_v), dtype=torch.float32,
+                                      device=self.device)
             loss, right = self.correct(batch, places, *played, weights, optimizer)
-            self.log(event="round", round=t, log_v=log_v.tolist(), from_pretraining=from_pretraining.tolist(), from_tuning=from_tuning.tolist(),
+            self.log(event="round", round=t, log_v=log_v.tolist(),
+                     from_pretraining=from_pretraining.tolist(), from_tuning=from_tuning.tolist(),
                      loss=loss, judger_accuracy=right)
-            print(f"round {t}: play and correct: loss {loss:.3f} (log(1 + S) = {math.log(1 + cfg.num_negatives):.3f}), judger right on {right:.3f} of pairs")
+            print(f"round {t}: play and correct: loss {loss:.3f} (log(1 + S) = "
+                  f"{math.log(1 + cfg.num_negatives):.3f}), judger right on {right:.3f} of pairs")
             val = self.measure("player", "val", stage=f"ufo-{t}")
             yield self.measure("player", "test", stage=f"ufo-{t}")
 
     def yardsticks(self):
-        """What needs no language model: the uniform distribution, and popularity in the training histories (add-one)."""
+        """What needs no language model: the uniform distribution, and popularity in the training
+        histories (add-one).
+        """
         user, history, target = self.cases["test"]
         count = self.ds.train_counts() + 1.0
         lists = np.empty((len(user), self.cfg.topk), int)
@@ -416,12 +494,17 @@ class Run:
             c = count.copy()
             c[h] = -1
             lists[n] = np.argsort(-c, kind="stable")[:self.cfg.topk]
-        row = metrics.report(self.ds.credit, user, [h[-self.cfg.history:] for h in history], lists, target, -np.log(count / count.sum())[target])
-        return {"uniform": {"log_loss": math.log(len(self.ds.titles)), f"HR@{self.cfg.topk}": self.cfg.topk / len(self.ds.titles)}, "popularity": row}
+        row = metrics.report(self.ds.credit, user, [h[-self.cfg.history:] for h in history], lists,
+                             target, -np.log(count / count.sum())[target])
+        return {"uniform": {"log_loss": math.log(len(self.ds.titles)),
+                            f"HR@{self.cfg.topk}": self.cfg.topk / len(self.ds.titles)},
+                "popularity": row}
 
 
 def spaced(cases, n):
-    """n of the cases (user, history, target), evenly spaced; all of them if n is 0 or there are no more."""
+    """n of the cases (user, history, target), evenly spaced; all of them if n is 0 or there are no
+    more.
+    """
     user, history, target = cases
     if not 0 < n < len(user):
         return cases
@@ -430,7 +513,9 @@ def spaced(cases, n):
 
 
 def set_lr(opt, peak, it, total):
-    """Twenty steps of warm-up, then a cosine from peak to a fiftieth of it over `total` steps; total = 0: constant at the peak."""
+    """Twenty steps of warm-up, then a cosine from peak to a fiftieth of it over `total` steps;
+    total = 0: constant at the peak.
+    """
     cosine = 0.02 + 0.49 * (1 + math.cos(math.pi * it / total)) if total else 1.0
     for group in opt.param_groups:
         group["lr"] = peak * cosine * (min(1.0, (it + 1) / 20) if total else 1.0)
@@ -442,23 +527,35 @@ def origin_report(run, pre, sft, last):
     """Equation (5), per group and in words. -> the `origins` of results.json."""
     ds, history = run.ds, run.cfg.history
     user, shown, _ = run.cases["test"]
-    star, E_pre, E_sft, E_ufo = (np.array(x) for x in (sft["E_star"], pre["E"], sft["E"], last["E"]))
+    star, E_pre, E_sft, E_ufo = (np.array(x) for x in (sft["E_star"], pre["E"], sft["E"],
+                                                       last["E"]))
     o = judger.origins(star, E_pre, E_sft)
-    sums = [metrics.group_sums(ds.credit, x) for x in ([h[-history:] for h in shown], pre["lists"], sft["lists"])]
+    sums = [metrics.group_sums(ds.credit, x) for x in ([h[-history:] for h in shown], pre["lists"],
+                                                       sft["lists"])]
     debiased, ci = judger.covariance_debiased(*sums, user)
-    print(f"\nWhere the unfairness comes from (test; exposure in per cent; pretrained: over={pre['over']})")
+    print(f"\nWhere the unfairness comes from (test; exposure in per cent; pretrained: "
+          f"over={pre['over']})")
     print(f"{'group':>14} {'E*':>7} {'E_pre':>7} {'E_sft':>7} {'E_ufo':>7} {'b':>7} {'shift':>7}")
     for g in np.argsort(-o["b"]):
-        print(f"{ds.groups[g]:>14} " + " ".join(f"{100 * x[g]:7.2f}" for x in (star, E_pre, E_sft, E_ufo)) + f" {100 * o['b'][g]:+7.2f} {100 * o['shift'][g]:+7.2f}")
+        print(f"{ds.groups[g]:>14} " + " ".join(f"{100 * x[g]:7.2f}" for x in (star, E_pre, E_sft,
+            E_ufo)) + f" {100 * o['b'][g]:+7.2f} {100 * o['shift'][g]:+7.2f}")
     verb = "amplified" if ci[0] > 0 else "worked against" if ci[1] < 0 else "neither clearly amplified nor worked against"
-    print(f"SFT {verb} the pretraining bias: Cov(b, shift) = {debiased:+.2e} [{ci[0]:+.2e}, {ci[1]:+.2e}] without noise bias (plain {o['covariance']:+.2e}, correlation {o['correlation']:+.2f})")
-    found = {"groups": ds.groups, "E_star": star.tolist(), "E_pre": E_pre.tolist(), "E_sft": E_sft.tolist(), "E_ufo": E_ufo.tolist(),
-             "b": o["b"].tolist(), "shift": o["shift"].tolist(), "covariance": debiased, "covariance_ci": ci,
-             "covariance_plain": o["covariance"], "correlation": o["correlation"], "over": pre["over"]}
+    print(f"SFT {verb} the pretraining bias: Cov(b, shift) = {debiased:+.2e} [{ci[0]:+.2e}, "
+          f"{ci[1]:+.2e}] without noise bias (plain {o['covariance']:+.2e}, correlation "
+          f"{o['correlation']:+.2f})")
+    found = {"groups": ds.groups, "E_star": star.tolist(), "E_pre": E_pre.tolist(),
+             "E_sft": E_sft.tolist(), "E_ufo": E_ufo.tolist(),
+             "b": o["b"].tolist(), "shift": o["shift"].tolist(), "covariance": debiased,
+             "covariance_ci": ci,
+             "covariance_plain": o["covariance"], "correlation": o["correlation"],
+             "over": pre["over"]}
     if ds.planted is not None and run.cfg.group_by == "genre":
         rank = lambda x: np.argsort(np.argsort(x))
-        found |= {"planted": ds.planted.tolist(), "planted_rank_correlation": float(np.corrcoef(rank(o["b"]), rank(ds.planted))[0, 1])}
-        print(f"the judger's b against the planted skew of the web corpus: rank correlation {found['planted_rank_correlation']:.2f}")
+        found |= {"planted": ds.planted.tolist(),
+                  "planted_rank_correlation": float(np.corrcoef(rank(o["b"]), rank(ds.planted))[0,
+                      1])}
+        print(f"the judger's b against the planted skew of the web corpus: rank correlation "
+              f"{found['planted_rank_correlation']:.2f}")
     return found
 
 
@@ -467,10 +564,13 @@ def results_table(rows, yardsticks, k):
     names = [f"HR@{k}", f"NDCG@{k}", f"MGU@{k}", f"DGU@{k}", "log_loss"]
     print(f"\n{'test':>17} | " + " | ".join(f"{n:^22}" for n in names) + " | coverage | minutes")
     for stage, row in [*yardsticks.items(), *((r["stage"], r) for r in rows)]:
-        cells = [f"{row[n]:.4f} [{row['ci'][n][0]:.4f}, {row['ci'][n][1]:.4f}]" if "ci" in row else f"{row[n]:.4f}" if n in row else "" for n in names]
-        print(f"{stage:>17} | " + " | ".join(f"{c:22}" for c in cells) + (f" | {row['coverage']:8.3f}" if "coverage" in row else " |         ") +
+        cells = [f"{row[n]:.4f} [{row['ci'][n][0]:.4f}, {row['ci'][n][1]:.4f}]" if "ci" in row
+                 else f"{row[n]:.4f}" if n in row else "" for n in names]
+        print(f"{stage:>17} | " + " | ".join(f"{c:22}" for c in cells)
+              + (f" | {row['coverage']:8.3f}" if "coverage" in row else " |         ") +
               (f" | {row['minutes']:7.1f}" if "minutes" in row else " |"))
-    print(f"MGU of a perfectly fair policy would read about {rows[-1]['MGU_floor']:.4f} here, from sampling noise alone")
+    print(f"MGU of a perfectly fair policy would read about {rows[-1]['MGU_floor']:.4f} here, from "
+          f"sampling noise alone")
 
 
 def example_lists(run, sft, last, n=3):
@@ -478,16 +578,19 @@ def example_lists(run, sft, last, n=3):
     ds, (_, history, target) = run.ds, run.cases["test"]
     about = lambda i: f"{ds.titles[i]} ({', '.join(g for g, c in zip(ds.groups, ds.credit[i]) if c)})"
     for case in np.linspace(0, len(target) - 1, n).astype(int):
-        print(f"\nuser {ds.users[run.cases['test'][0][case]]} watched ... {'; '.join(about(i) for i in history[case][-4:])}; next was {about(target[case])}")
+        print(f"\nuser {ds.users[run.cases['test'][0][case]]} watched ... "
+              f"{'; '.join(about(i) for i in history[case][-4:])}; next was {about(target[case])}")
         for name, row in (("sft", sft), (last["stage"], last)):
-            print(f"  {name:>6}: " + "; ".join(("*" if i == target[case] else "") + about(i) for i in row["lists"][case][:5]))
+            print(f"  {name:>6}: " + "; ".join(("*" if i == target[case] else "") + about(i)
+                                               for i in row["lists"][case][:5]))
 
 
 def versions(run):
     import importlib.metadata as meta
     found = {p: meta.version(p) for p in ("torch", "transformers", "tiktoken", "numpy")}
     card = torch.cuda.get_device_name() if run.device.type == "cuda" else platform.machine()
-    return found | {"python": platform.python_version(), "base": run.source, "device": f"{run.device.type} {card}", "dtype": str(run.dtype)[6:]}
+    return found | {"python": platform.python_version(), "base": run.source,
+                    "device": f"{run.device.type} {card}", "dtype": str(run.dtype)[6:]}
 
 
 def main(cfg):
@@ -499,7 +602,9 @@ def main(cfg):
     run.policies = Policies(run.base, cfg.sft_full)
 
     pre = run.measure("pretrained", "test")
-    rows = [pre, run.measure("pretrained", "test", over="vocab", stage="pretrained-vocab", most=200)]   # slow: nothing is forced
+    # slow: nothing is forced
+    rows = [pre, run.measure("pretrained", "test", over="vocab", stage="pretrained-vocab",
+                             most=200)]
     E_pre = np.array(run.measure("pretrained", "val")["E"])
     run.sft()
     sft = run.measure("sft", "test")
@@ -512,12 +617,16 @@ def main(cfg):
     example_lists(run, sft, last)
     results_table(rows, yardsticks, cfg.topk)
     k = f"MGU@{cfg.topk}"
-    print(f"{k}: {last[k] / sft[k] - 1:+.0%} against SFT; {run.minutes():.1f} minutes in all; results in {run.out}/results.json")
+    print(f"{k}: {last[k] / sft[k] - 1:+.0%} against SFT; {run.minutes():.1f} minutes in all; "
+          f"results in {run.out}/results.json")
     plain = [{key: v for key, v in row.items() if key != "lists"} for row in rows]
     with open(run.out / "results.json", "w") as f:
-        json.dump({"config": dataclasses.asdict(cfg), "versions": versions(run), "origins": origins, "yardsticks": yardsticks, "rows": plain}, f, indent=1)
-    torch.save({"config": dataclasses.asdict(cfg), "tuned": run.policies.tuned.state_dict() if cfg.sft_full or cfg.init_from == "scratch" else
-                {k: v for k, v in run.policies.tuned.state_dict().items() if "lora_" in k}}, run.out / "model.pt")
+        json.dump({"config": dataclasses.asdict(cfg), "versions": versions(run), "origins": origins,
+                   "yardsticks": yardsticks, "rows": plain}, f, indent=1)
+    torch.save({"config": dataclasses.asdict(cfg), "tuned": run.policies.tuned.state_dict()
+                if cfg.sft_full or cfg.init_from == "scratch" else
+                {k: v for k, v in run.policies.tuned.state_dict().items() if "lora_" in k}},
+               run.out / "model.pt")
 
 
 if __name__ == "__main__":
