@@ -463,9 +463,8 @@ def toy_world(seed=0, holdout=1, n_users=900, per_genre=36, skew=0.65):
     def user():
         n, tastes, genres = int(rng.integers(10, 19)), rng.dirichlet(np.full(G, 6.0), 2), []
         for t in range(n):                          # a seventh of the time on with the genre
-            stay = t > 0 and rng.random() < .15
-            genres.append(genres[-1] if stay else rng.choice(G, p=tastes[0] * (1 - t / n)
-                                                             + tastes[1] * t / n))
+            stay, taste = t > 0 and rng.random() < 0.15, tastes[0] * (1 - t / n) + tastes[1] * t / n
+            genres.append(genres[-1] if stay else rng.choice(G, p=taste))
         return listing(genres, popular)
 
     web = (1 + skew * (2 * rank - 1)) / G           # how much the web writes about each genre
@@ -833,8 +832,8 @@ def training_windows(ds, size, rng):
         epoch = []
         for u in range(len(ds.users)):
             h = ds.train(u)
-            epoch += [h[max(0, s):s + size] for s in range(-int(rng.integers(step)), len(h) - 1,
-                                                           step)]
+            starts = range(-int(rng.integers(step)), len(h) - 1, step)
+            epoch += [h[max(0, s):s + size] for s in starts]
         epoch = [w for w in epoch if len(w) > 1]
         for k in rng.permutation(len(epoch)):
             yield epoch[k]

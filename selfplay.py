@@ -128,20 +128,16 @@ class Search:
 
     def __init__(self, model, trie, prompt, over="trie"):
         self.model, self.trie, self.over, self.mode = model, trie, over, trie.modes[over]
-        # (D,P), (D,) or (D,A)
-        tokens, length = prompt
+        tokens, length = prompt                             # (D,P), and (D,) or (D,A)
         self.cache, self.n_prompt, self.length = [], tokens.shape[1], length.flatten()
         hidden = model(tokens, cache=self.cache)
         B, A = len(self.length), len(self.length) // len(tokens)
-        # the branches of a document share its pass
-        if A > 1:
+        if A > 1:                                           # branches of a document share its pass
             hidden = hidden.repeat_interleave(A, 0)
-            self.cache = [(k.repeat_interleave(A, 0), v.repeat_interleave(A, 0)) for k,
-                          v in self.cache]
-        # trie nodes behind the prompt in the cache
-        self.cached = tokens.new_empty(B, 0)
-        # rows still in the cache
-        self.rows = torch.arange(B, device=tokens.device)
+            self.cache = [(k.repeat_interleave(A, 0), v.repeat_interleave(A, 0))
+                          for k, v in self.cache]
+        self.cached = tokens.new_empty(B, 0)                # trie nodes cached after the prompt
+        self.rows = torch.arange(B, device=tokens.device)   # rows still in the cache
         self.logp = torch.full((B, trie.n_nodes), NEG, device=tokens.device)
         self.logp[:, 0] = 0.0
         self.expanded = torch.zeros(B, trie.n_nodes, dtype=torch.bool, device=tokens.device)
@@ -163,8 +159,7 @@ class Search:
         """Run the decisions nodes (b, Q), -1 padded, one row for every row still in the cache; the
         decisions above them must have been expanded before.
         """
-        # a decision, and the forced nodes above it
-        chain = [nodes]
+        chain = [nodes]                                     # a decision, the forced nodes above it
         above = self.mode.up[nodes]
         while True:
             up = self.trie.parent[chain[-1]]
@@ -172,14 +167,14 @@ class Search:
             if not (up >= 0).any():
                 break
             chain.append(up)
-        # (b, Q, L), the decision last
-        new = torch.stack(chain[::-1], 2)
+        new = torch.stack(chain[::-1], 2)                   # (b, Q, L), the decision last
         (b, Q, L), new = new.shape, new.flatten(1)
         keys, length = torch.cat([self.cached, new], 1), self.length[self.rows]
         prompt = torch.arange(self.n_prompt, device=new.device) < length[:, None]
         mask = torch.cat([prompt[:, None].expand(b, Q * L, -1), look(self.trie, new, keys)], 2)
-        hidden = self.model(self.trie.token[new].where(new >= 0, 0), length[:, None]
-                            + self.trie.depth[new] - 1, mask, self.cache)
+        tokens = self.trie.token[new].where(new >= 0, 0)
+        at = length[:, None] + self.trie.depth[new] - 1
+        hidden = self.model(tokens, at, mask, self.cache)
         self.cached = keys
         r, q = (nodes >= 0).nonzero(as_tuple=True)
         self._settle(self.rows[r], nodes[r, q], hidden.view(b, Q, L, -1)[r, q, -1])
@@ -193,8 +188,7 @@ class Search:
 
     def score(self, items):
         """log q of items (B,M) -> (B,M). Grows what they need, level by level."""
-        # (B,M) the j-th decision of each
-        for u in self.mode.step_node[items].unbind(-1):
+        for u in self.mode.step_node[items].unbind(-1):     # (B,M) the j-th decision of each
             u = torch.where((u >= 0) & ~self.expanded.gather(1, u.clamp(min=0)), u, -1)
             if (u >= 0).any():
                 self.expand(unique_rows(u))
@@ -238,9 +232,8 @@ class Search:
         while True:
             titles = self.logp[self.rows[:, None], self.trie.leaf].masked_fill(seen[self.rows], NEG)
             kth = titles.topk(min(k, titles.shape[1]), 1).values[:, -1:]
-            open_ = self.logp[self.rows[:, None],
-                              decisions].masked_fill(self.expanded[self.rows[:, None], decisions],
-                                                     NEG)
+            done = self.expanded[self.rows[:, None], decisions]
+            open_ = self.logp[self.rows[:, None], decisions].masked_fill(done, NEG)
             bound, which = open_.topk(min(int(width), len(decisions)), 1)
             width *= 1.5
             want = bound > kth

@@ -86,8 +86,8 @@ PRESETS = {
     "ml100k": dict(),
     "ml1m": dict(sft_iters=8000, eval_every=500, batch_size=32),
     "scratch": dict(dim=160, n_layers=3, n_heads=5, dropout=0.2, sft_full=True, history=30,
-                    sft_window=31, sft_iters=2700, sft_lr=2e-3, eval_every=300, weight_decay=0.1,
-                    lr=1.5e-3, temperature=1.0, round_iters=80, rounds=3),
+                    sft_window=31, sft_iters=2000, sft_lr=2e-3, eval_every=400, weight_decay=0.1,
+                    lr=1.5e-3, temperature=1.0, round_iters=80, rounds=2),
 }
 CHOICES = {
     "dataset": ("toy", "ml100k", "ml1m"),
@@ -97,9 +97,10 @@ CHOICES = {
     "dtype": ("auto", "bfloat16", "float16", "float32"),
     "compile": ("auto", "True", "False"),
 }
-AT_LEAST = dict(holdout=1, max_users=0, eval_users=0, history=1, topk=1, batch_size=1, eval_batch=1,
-                lora_rank=1, sft_window=2, sft_iters=0, eval_every=1, patience=0, rounds=0,
-                round_iters=1, branches=1, num_negatives=1, gamma=0, lam=0, alpha=0, pretrain_iters=0, dropout=0)
+AT_LEAST = dict(
+    holdout=1, max_users=0, eval_users=0, history=1, topk=1, batch_size=1, eval_batch=1, dropout=0,
+    lora_rank=1, sft_window=2, sft_iters=0, eval_every=1, patience=0, pretrain_iters=0,
+    rounds=0, round_iters=1, branches=1, num_negatives=1, gamma=0, lam=0, alpha=0)
 
 
 def nearest(word, options):
@@ -262,8 +263,8 @@ class Run:
             return Model(c), tok, "scratch"
         folder, gguf, source = data.fetch_model(cfg.init_from, cfg.data_dir)
         try:
-            return load(folder, gguf), data.model_tokenizer(folder, gguf,
-                                                            lines + [ds.header]), source
+            tok = data.model_tokenizer(folder, gguf, lines + [ds.header])
+            return load(folder, gguf), tok, source
         except (OSError, ValueError) as e:
             raise data.InputError(f"init_from={cfg.init_from}: {str(e).splitlines()[0]}") from None
 
@@ -515,36 +516,33 @@ def origin_report(run, pre, sft, last):
     """Equation (5), per group and in words. -> the `origins` of results.json."""
     ds, history = run.ds, run.cfg.history
     user, shown, _ = run.cases["test"]
-    star, E_pre, E_sft, E_ufo = (np.array(x) for x in (sft["E_star"], pre["E"], sft["E"],
-                                                       last["E"]))
+    star, E_pre, E_sft, E_ufo = map(np.array, (sft["E_star"], pre["E"], sft["E"], last["E"]))
     o = judger.origins(star, E_pre, E_sft)
-    sums = [metrics.group_sums(ds.credit, x) for x in ([h[-history:] for h in shown], pre["lists"],
-                                                       sft["lists"])]
+    shown = [h[-history:] for h in shown]
+    sums = [metrics.group_sums(ds.credit, x) for x in (shown, pre["lists"], sft["lists"])]
     debiased, ci = judger.covariance_debiased(*sums, user)
     print(f"\nWhere the unfairness comes from (test; exposure in per cent; pretrained: "
           f"over={pre['over']})")
     print(f"{'group':>14} {'E*':>7} {'E_pre':>7} {'E_sft':>7} {'E_ufo':>7} {'b':>7} {'shift':>7}")
     for g in np.argsort(-o["b"]):
-        print(f"{ds.groups[g]:>14} " + " ".join(f"{100 * x[g]:7.2f}" for x in (star, E_pre, E_sft,
-            E_ufo)) + f" {100 * o['b'][g]:+7.2f} {100 * o['shift'][g]:+7.2f}")
+        shares = " ".join(f"{100 * x[g]:7.2f}" for x in (star, E_pre, E_sft, E_ufo))
+        print(f"{ds.groups[g]:>14} {shares} {100 * o['b'][g]:+7.2f} {100 * o['shift'][g]:+7.2f}")
     verb = ("amplified" if ci[0] > 0 else "worked against" if ci[1] < 0
             else "neither clearly amplified nor worked against")
     print(f"SFT {verb} the pretraining bias: Cov(b, shift) = {debiased:+.2e} [{ci[0]:+.2e}, "
           f"{ci[1]:+.2e}] without noise bias (plain {o['covariance']:+.2e}, correlation "
           f"{o['correlation']:+.2f})")
     found = {"groups": ds.groups, "E_star": star.tolist(), "E_pre": E_pre.tolist(),
-             "E_sft": E_sft.tolist(), "E_ufo": E_ufo.tolist(),
-             "b": o["b"].tolist(), "shift": o["shift"].tolist(), "covariance": debiased,
-             "covariance_ci": ci,
+             "E_sft": E_sft.tolist(), "E_ufo": E_ufo.tolist(), "b": o["b"].tolist(),
+             "shift": o["shift"].tolist(), "covariance": debiased, "covariance_ci": ci,
              "covariance_plain": o["covariance"], "correlation": o["correlation"],
              "over": pre["over"]}
     if ds.planted is not None and run.cfg.group_by == "genre":
         rank = lambda x: np.argsort(np.argsort(x))
-        found |= {"planted": ds.planted.tolist(),
-                  "planted_rank_correlation": float(np.corrcoef(rank(o["b"]), rank(ds.planted))[0,
-                      1])}
+        agree = float(np.corrcoef(rank(o["b"]), rank(ds.planted))[0, 1])
+        found |= {"planted": ds.planted.tolist(), "planted_rank_correlation": agree}
         print(f"the judger's b against the planted skew of the web corpus: rank correlation "
-              f"{found['planted_rank_correlation']:.2f}")
+              f"{agree:.2f}")
     return found
 
 
@@ -613,10 +611,10 @@ def main(cfg):
     with open(run.out / "results.json", "w") as f:
         json.dump({"config": dataclasses.asdict(cfg), "versions": versions(run), "origins": origins,
                    "yardsticks": yardsticks, "rows": plain}, f, indent=1)
-    torch.save({"config": dataclasses.asdict(cfg), "tuned": run.policies.tuned.state_dict()
-                if cfg.sft_full or cfg.init_from == "scratch" else
-                {k: v for k, v in run.policies.tuned.state_dict().items() if "lora_" in k}},
-               run.out / "model.pt")
+    tuned = run.policies.tuned.state_dict()
+    if cfg.init_from != "scratch":                                     # the base is elsewhere
+        tuned = {k: v for k, v in tuned.items() if "lora_" in k}
+    torch.save({"config": dataclasses.asdict(cfg), "tuned": tuned}, run.out / "model.pt")
 
 
 if __name__ == "__main__":
