@@ -398,7 +398,7 @@ TOY = {   # genre: words that hint at it, five adjectives and seven nouns; title
 }
 
 
-def toy_world(seed=0, holdout=1, n_users=900, per_genre=50, skew=0.7):
+def toy_world(seed=0, holdout=1, n_users=900, per_genre=50, skew=0.45):
     """A small world in which both sources of unfairness are planted and known. Seconds to make.
 
     Pretraining: the web writes about the genres it loves up to (1 + skew) / (1 - skew) times as
