@@ -756,7 +756,7 @@ def test_toy_end_to_end_and_bitwise_again(tmp_path):
 
 
 def test_sft_and_the_game_learn(tmp_path):
-    """A short toy run: SFT must lower the held-out log-loss, the game MGU by more than its interval.
+    """A short toy run: SFT lowers the held-out log-loss, the game MGU by more than its interval.
     """
     cfg = train.configure([f"--out_dir={tmp_path}", "--max_users=300", "--pretrain_iters=60",
                            "--sft_iters=120", "--eval_every=60", "--rounds=2", "--round_iters=25"])
