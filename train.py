@@ -86,7 +86,7 @@ PRESETS = {
     "ml100k": dict(),
     "ml1m": dict(sft_iters=8000, eval_every=500, batch_size=32),
     "scratch": dict(dim=160, n_layers=3, n_heads=5, dropout=0.2, sft_full=True, history=30,
-                    sft_window=31, sft_iters=2000, sft_lr=2e-3, eval_every=400, weight_decay=0.1,
+                    sft_window=31, sft_iters=2700, sft_lr=2e-3, eval_every=300, weight_decay=0.1,
                     lr=1.5e-3, round_iters=80, rounds=2),
 }
 CHOICES = {
