@@ -620,9 +620,11 @@ class Mode:
     decision: torch.Tensor     # (N,) bool
     # (N,) the decision or leaf reached from a node by forced tokens alone (itself, if it is one)
     end: torch.Tensor
-    up: torch.Tensor           # (N,) the decision above a node; -1 at the root
     step_node: torch.Tensor    # (I, J) the decisions on the way to an item, -1 padded
     step_child: torch.Tensor   # (I, J) the child taken at each, -1 padded
+    # (N, L) a decision and the forced nodes between it and the one above: what must be read to make
+    # it once that one has been made. -1 padded, and -1 alone for the root and for other nodes
+    chain: torch.Tensor
     column: torch.Tensor       # (N,) where a node's token stands in the logits of this mode
 
 
@@ -714,8 +716,13 @@ class Trie:
         i, j = np.nonzero(taken)
         step_child[i, at[i, j]] = path[i, j]
         step_node = np.where(step_child >= 0, parent[step_child], -1)
+        chain = [np.where(decision & (np.arange(N) > 0), np.arange(N), -1)]
+        while (chain[-1] >= 0).any():
+            above = np.where(chain[-1] > 0, parent[chain[-1]], -1)
+            chain.append(np.where((above > 0) & (above != up), above, -1))
         t = lambda x: torch.as_tensor(x, dtype=torch.long)
-        return Mode(torch.as_tensor(decision), t(end), t(up), t(step_node), t(step_child), column)
+        return Mode(torch.as_tensor(decision), t(end), t(step_node), t(step_child),
+                    t(np.stack(chain[:-1] or chain, 1)), column)
 
     def children(self, nodes):
         """nodes (R,) -> their children (R, C), -1 padded to the largest family among them."""
@@ -745,6 +752,7 @@ class Catalog:
             raise InputError(f"title {bad!r} is empty or has a line break in it")
         self.history = history
         self.tokens = [tokenizer.encode(t + "\n") for t in titles]
+        self.lengths = np.array([len(t) for t in self.tokens])
         self.header = list(tokenizer.prefix) + tokenizer.encode(header)
         self.trie = Trie(self.tokens)
 
@@ -810,21 +818,32 @@ def pad(docs, multiple=1):
     return out
 
 
-def training_windows(ds, size, rng):
-    """Endless windows of at most `size` titles of the training histories; in an epoch every title
-    but a user's first is a target once, since a window begins with the title the one before ended
-    with. Where the cuts fall is drawn anew.
+def training_batches(ds, size, batch_size, tokens, rng):
+    """Endless batches of batch_size windows, each of at most `size` titles of a training history; in
+    an epoch every title but a user's first is a target once, since a window begins with the title
+    the one before ended with. Where the cuts fall is drawn anew.
+
+    tokens (I,): the length of every title. Windows of like length stand in one batch (they are
+    sorted within pools of 32 batches), so that little is computed on padding. What does not fill an
+    epoch's last batch waits for the next epoch.
     """
-    step = size - 1
+    step, waiting = size - 1, []
     while True:
-        epoch = []
+        epoch = waiting
         for u in range(len(ds.users)):
             h = ds.train(u)
             starts = range(-int(rng.integers(step)), len(h) - 1, step)
-            epoch += [h[max(0, s):s + size] for s in starts]
-        epoch = [w for w in epoch if len(w) > 1]
-        for k in rng.permutation(len(epoch)):
-            yield epoch[k]
+            epoch += [w for s in starts if len(w := h[max(0, s):s + size]) > 1]
+        order = rng.permutation(len(epoch))
+        full = len(epoch) // batch_size * batch_size
+        waiting = [epoch[k] for k in order[full:]]
+        batches = []
+        for i in range(0, full, 32 * batch_size):
+            pool = sorted(order[i:min(i + 32 * batch_size, full)],
+                          key=lambda k: tokens[epoch[k]].sum())
+            batches += [pool[j:j + batch_size] for j in range(0, len(pool), batch_size)]
+        for b in rng.permutation(len(batches)):
+            yield [epoch[k] for k in batches[b]]
 
 
 def draw_places(windows, n, rng):

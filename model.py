@@ -57,7 +57,7 @@ class Linear(nn.Module):
                      else self.bias.to(x.dtype))
         if self.active is not None:
             a, b = self.lora_a[self.active], self.lora_b[self.active]
-            y = y + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * self.scale
+            y = y + F.linear(F.linear(x, a.to(x.dtype)) * self.scale, b.to(x.dtype))
         return y
 
 
@@ -99,6 +99,32 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
+class KV:
+    """One layer's KV cache: keys and values (B,K,S,E) in buffers with room to spare, so that a pass
+    writes its new tokens behind the old ones and copies nothing.
+    """
+
+    def __init__(self):
+        self.length, self.buffer = 0, None                             # (2,B,K,room,E)
+
+    def append(self, k, v):
+        """k, v (B,K,T,E) of T new tokens -> those of all S + T."""
+        start, self.length = self.length, self.length + k.shape[2]
+        if self.buffer is None or self.length > self.buffer.shape[3]:
+            B, K, _, E = k.shape
+            room = k.new_empty(2, B, K, self.length * 3 // 2 + 32, E)
+            if start:
+                room[:, :, :, :start] = self.buffer[:, :, :, :start]
+            self.buffer = room
+        self.buffer[0, :, :, start:self.length] = k
+        self.buffer[1, :, :, start:self.length] = v
+        return self.buffer[:, :, :, :self.length]
+
+    def keep(self, rows):
+        """Forget the other rows. rows (B,) bool."""
+        self.buffer = self.buffer[:, rows]
+
+
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -112,25 +138,28 @@ class Block(nn.Module):
         self.down = Linear(c.ffn_dim, c.dim)
         self.drop = nn.Dropout(c.dropout)
 
-    def attend(self, x, cos, sin, mask, past):
-        B, T, _ = x.shape
-        split = lambda y: y.view(B, T, -1, self.c.head_dim).transpose(1, 2)       # (B, heads, T, E)
-        q, k, v = rotate(split(self.q(x)), cos, sin), rotate(split(self.k(x)), cos,
-                                                             sin), split(self.v(x))
-        if past is not None:
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        present = (k, v)
-        if self.c.n_kv_heads < self.c.n_heads:      # enable_gqa has no fused kernel with a mask
-            k, v = (z.repeat_interleave(self.c.n_heads // self.c.n_kv_heads, 1) for z in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.o(y.transpose(1, 2).reshape(B, T, -1)), present
+    def attend(self, x, cos, sin, mask, kv):
+        (B, T, _), c = x.shape, self.c
+        split = lambda y: y.view(B, T, -1, c.head_dim).transpose(1, 2)            # (B, heads, T, E)
+        q, k, v = split(self.q(x)), split(self.k(x)), split(self.v(x))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if kv is not None:
+            k, v = kv.append(k, v)
+        if mask is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            # no fused kernel takes both a mask and grouped heads: the H/K query heads of a
+            # key/value head become H/K times as many queries
+            n = c.n_heads // c.n_kv_heads
+            y = F.scaled_dot_product_attention(q.reshape(B, c.n_kv_heads, n * T, c.head_dim), k, v,
+                                               attn_mask=mask.repeat(1, 1, n, 1))
+            y = y.view(B, c.n_heads, T, c.head_dim)
+        return self.o(y.transpose(1, 2).reshape(B, T, -1))
 
-    def forward(self, x, cos, sin, mask=None, past=None):
-        y, present = self.attend(self.attn_norm(x), cos, sin, mask, past)
-        x = x + self.drop(y)
+    def forward(self, x, cos, sin, mask=None, kv=None):
+        x = x + self.drop(self.attend(self.attn_norm(x), cos, sin, mask, kv))
         h = self.ffn_norm(x)
-        x = x + self.drop(self.down(F.silu(self.gate(h)) * self.up(h)))
-        return x, present
+        return x + self.drop(self.down(F.silu(self.gate(h)) * self.up(h)))
 
 
 class Model(nn.Module):
@@ -141,6 +170,7 @@ class Model(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.compute_dtype = config, torch.float32
+        self.run_block = Block.forward                      # or its compiled form
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -159,14 +189,14 @@ class Model(nn.Module):
         """tokens (B,T) int64 -> hidden states after the last norm (B,T,D).
 
         positions (B,T): rotary positions; None counts on from the cache's length. mask (B,T,S)
-        bool, True where a query may look; None is causal, and wants an empty cache. cache: a list,
-        one (k, v) a layer, each (B,K,S,E); an empty list is filled, a full one is extended by the T
-        new tokens. None keeps nothing.
+        bool, True where a query may look; None is causal, and wants an empty cache. cache: a list of
+        one `KV` a layer; an empty list is filled, a full one is extended by the T new tokens. None
+        keeps nothing.
         """
         if mask is None and cache:
             raise ValueError("tokens after a cache need a mask: causal attention would be aligned "
                              "wrongly")
-        start = cache[0][0].shape[2] if cache else 0
+        start = cache[0].length if cache else 0
         if positions is None:
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
         angle = positions[:, None, :, None].float() * self.rope                    # (B,1,T,E/2)
@@ -174,19 +204,46 @@ class Model(nn.Module):
         # one mask for all heads
         mask = None if mask is None else mask[:, None]
         x = self.drop(F.embedding(tokens, self.embed).to(self.compute_dtype))
-        presents = []
-        for i, block in enumerate(self.blocks):
-            x, present = block(x, cos, sin, mask, cache[i] if cache else None)
-            presents.append(present)
-        if cache is not None:
-            cache[:] = presents
+        if cache is not None and not cache:
+            cache += [KV() for _ in self.blocks]
+        if cache is None:
+            # the first block's input too takes a gradient, or it would be a graph of its own
+            x = x.requires_grad_() if torch.is_grad_enabled() and not x.requires_grad else x
+            for block in self.blocks:
+                x = self.run_block(block, x, cos, sin, mask)
+        else:
+            for block, kv in zip(self.blocks, cache):
+                x = block(x, cos, sin, mask, kv)
         return self.norm(x)
+
+    def compile_blocks(self, **options):
+        """torch.compile for passes without a cache: one block, of any batch and length, and all
+        blocks run it. The whole model at once takes as many times longer to compile as it has
+        blocks, and runs no faster.
+        """
+        self.run_block = torch.compile(Block.forward, dynamic=True, **options)
 
     def logits(self, hidden, columns=None):
         """hidden (..., D) -> float32 logits (..., V), or only `columns` (C,) of them (..., C)."""
         w = self.embed if self.head is None else self.head
         w = w if columns is None else w[columns]
         return F.linear(hidden.float(), w.float())      # bfloat16 would make ties of near things
+
+    def flops(self, tokens, context, outputs=0, train=True):
+        """Floating-point operations of one pass over `tokens` tokens that see `context` tokens each
+        on average, with `outputs` logits; with its backward pass if train.
+
+        A product of a weight with a token is 2 operations. Backward, every weight is multiplied
+        once more for the gradient of what came in, and once more again if it is trained: so a
+        trained token costs about 4N with a frozen base of N weights (its adapters 6), not 6N.
+        """
+        c, times = self.config, lambda p: 2 * (1 + train * (1 + p.requires_grad))
+        weights = [p for m in self.linears() for p in (m.weight, *(
+            () if m.active is None else (m.lora_a[m.active], m.lora_b[m.active])))]
+        attention = 2 * context * c.n_layers * c.n_heads * c.head_dim * (6 if train else 2)
+        head = self.embed if self.head is None else self.head
+        return (tokens * (sum(times(p) * p.numel() for p in weights) + attention)
+                + outputs * c.dim * times(head))
 
     # ------------------------------------------------------------------ adapters
 

@@ -25,14 +25,6 @@ import torch
 NEG = float("-inf")
 
 
-def look(trie, queries, keys):
-    """The tree mask: queries (B,Q), keys (B,S) trie nodes, -1 padded -> (B,Q,S) True where a key is
-    the query's ancestor or itself.
-    """
-    q, k = queries[:, :, None], keys[:, None, :]
-    return (trie.enter[k] <= trie.enter[q]) & (trie.enter[q] < trie.leave[k]) & (q >= 0) & (k >= 0)
-
-
 def unique_rows(x):
     """(B, n) -> (B, m): the distinct values >= 0 of each row ascending, -1 padded on the right."""
     x = x.sort(1).values
@@ -43,28 +35,47 @@ def unique_rows(x):
     return torch.where(x[:, :m] < 2 ** 62, x[:, :m], -1)
 
 
-def decide(model, trie, hidden, nodes, over):
-    """The output layer at R decisions: hidden (R,D), nodes (R,) -> logits (R,·) and their log
-    normaliser (R,), float32.
+def hang(trie, length, queries, keys, n_prompt):
+    """Trie nodes under documents: what the model must be told of them.
 
-    The logits are of the catalog's tokens (over="trie") or of all (over="vocab"); `Mode.column`
-    says where a node's is. The normaliser runs over the node's children, or over the vocabulary.
+    A document may be branched off at A places: length (B,A) says how many of its tokens come before
+    each. A node v under branch a is written a * N + v (queries (B,Q), keys (B,S), -1 padded); it
+    sees its branch's part of the document and its own ancestors among the keys, and its position
+    goes on from where the branch leaves. Returns tokens (B,Q), positions (B,Q) and the tree mask
+    (B,Q,P+S).
     """
-    if over == "vocab":
-        logits = model.logits(hidden)
-        return logits, logits.logsumexp(-1)
-    logits = model.logits(hidden, trie.vocab)
+    N, real = trie.n_nodes, queries >= 0
+    branch, node = queries.clamp(min=0) // N, queries.clamp(min=0) % N
+    before = length.gather(1, branch)
+    # intervals of different branches are disjoint, and those of padding are empty
+    enter, inside = torch.where(real, branch * N + trie.enter[node], -1), keys.clamp(min=0) % N
+    low = torch.where(keys >= 0, keys - inside + trie.enter[inside], 0)
+    high = torch.where(keys >= 0, keys - inside + trie.leave[inside], 0)
+    tree = (low[:, None] <= enter[:, :, None]) & (enter[:, :, None] < high[:, None])
+    prompt = torch.arange(n_prompt, device=queries.device) < before[:, :, None]
+    return (trie.token[node].where(real, 0), before + trie.depth[node] - 1,
+            torch.cat([prompt, tree], 2))
+
+
+def decide(model, trie, hidden, nodes, over):
+    """The output layer at R decisions: hidden (R,D), nodes (R,) -> log-probability of each child
+    (R,C) float32, in the trie's order, -inf padded.
+
+    The softmax runs over the node's children (over="trie"), or over the vocabulary ("vocab").
+    """
+    logits = model.logits(hidden, trie.vocab if over == "trie" else None)
     children = trie.children(nodes)
     among = logits.gather(1, trie.modes[over].column[children.clamp(min=0)])
-    return logits, among.masked_fill(children < 0, NEG).logsumexp(-1)
+    among = among.masked_fill(children < 0, NEG)
+    return among - (among if over == "trie" else logits).logsumexp(-1, keepdim=True)
 
 
 def step_log_prob(model, trie, hidden, nodes, child, over="trie"):
     """log-probability of taking `child` (R,) at the decisions `nodes` (R,), given their hidden
     states (R,D) -> (R,).
     """
-    logits, norm = decide(model, trie, hidden, nodes, over)
-    return logits.gather(1, trie.modes[over].column[child][:, None])[:, 0] - norm
+    step = decide(model, trie, hidden, nodes, over)
+    return step.gather(1, (child - trie.first[nodes])[:, None])[:, 0]
 
 
 def log_q(model, trie, prompt, items, over="trie"):
@@ -73,125 +84,112 @@ def log_q(model, trie, prompt, items, over="trie"):
     prompt: documents (B,P) and, for each, A places to branch off, given as lengths (B,A) in tokens:
     the document's first so many tokens are the history of that branch. items (B,A,M) -> (B,A,M).
 
-    A row is the document followed, for every branch, by the distinct trie nodes at or above the
-    last decision of each of its items. Titles that begin alike share those nodes; forced tokens
-    after the last decision are never computed; a node sees its branch's part of the document and
-    its own ancestors, and its position goes on from where the branch leaves.
+    A row is the document followed, for every branch, by the distinct trie nodes that its items'
+    decisions need (`hang`). Titles that begin alike share those nodes; forced tokens after the last
+    decision are never computed.
     """
     (tokens, length), mode, N = prompt, trie.modes[over], trie.n_nodes
     (B, P), A, device = tokens.shape, length.shape[1], tokens.device
-    branch = torch.arange(A, device=device)[:, None, None]
-    path = trie.path[items]                                                        # (B,A,M,D)
-    # breadth first: deeper is larger
-    last = mode.step_node[items].amax(-1, keepdim=True)
-    key = torch.where((path >= 0) & (path <= last), branch * N + path, -1)
-    # (B,Q) a (branch, node) each
-    key = unique_rows(key.flatten(1))
-    real, of, nodes = key >= 0, key.clamp(min=0) // N, torch.where(key >= 0, key % N, -1)
-    # (B,Q) tokens of the document a node sees
-    seen = length.gather(1, of)
+    branch = N * torch.arange(A, device=device)[:, None, None]
+    u, child = mode.step_node[items], mode.step_child[items]                       # (B,A,M,J)
+    chain = mode.chain[u.clamp(min=0)]                                             # (B,A,M,J,L)
+    # (B,Q)
+    key = unique_rows(torch.where((chain >= 0) & (u >= 0)[..., None], branch[..., None] + chain,
+                                  -1).flatten(1))
+    new, at, mask = hang(trie, length, key, key, P)
     place = torch.arange(P, device=device)
-    row = torch.cat([tokens, trie.token[nodes].where(real, 0)], 1)
-    at = torch.cat([place.expand(B, P), seen + trie.depth[nodes] - 1], 1)
     causal = (place[None, :] <= place[:, None]).expand(B, P, P)
-    tree = look(trie, nodes, nodes) & (of[:, :, None] == of[:, None, :])
-    mask = torch.cat([torch.cat([causal, causal.new_zeros(B, P, key.shape[1])], 2),
-                      torch.cat([place < seen[:, :, None], tree], 2)], 1)
-    hidden = model(row, at, mask)
+    mask = torch.cat([torch.cat([causal, causal.new_zeros(B, P, key.shape[1])], 2), mask], 1)
+    hidden = model(torch.cat([tokens, new], 1), torch.cat([place.expand(B, P), at], 1), mask)
     # the decisions: each branch's root, seen from the last token before it, and those among the
     # nodes
     roots = hidden.gather(1, (length - 1)[:, :, None].expand(-1, -1, hidden.shape[-1]))
     hidden = torch.cat([roots, hidden[:, P:]], 1)                                  # (B,A+Q,D)
-    nodes = torch.cat([nodes.new_zeros(B, A), nodes], 1)
-    chosen = (nodes >= 0) & mode.decision[nodes]
-    logits, norm = decide(model, trie, hidden[chosen], nodes[chosen], over)
-    # (b, place in the row) -> row of logits
+    node = torch.cat([key.new_zeros(B, A), torch.where(key >= 0, key % N, -1)], 1)
+    chosen = (node >= 0) & mode.decision[node]
+    step = decide(model, trie, hidden[chosen], node[chosen], over)                 # (R,C)
+    # (b, place in the row) -> row of step
     index = chosen.flatten().cumsum(0).view(B, -1) - 1
-    u, child = mode.step_node[items], mode.step_child[items]                       # (B,A,M,J)
-    found = torch.searchsorted(key.where(real, 2 ** 62),
-                               (branch * N + u).clamp(min=0).flatten(1)).view(u.shape)
-    where = torch.where(u == 0, branch, A + found)
-    r = index.gather(1, where.clamp(max=index.shape[1] - 1).flatten(1)).view(u.shape)
-    step = logits[r, mode.column[child]] - norm[r]
-    return step.masked_fill(u < 0, 0.0).sum(-1)
+    found = torch.searchsorted(key.where(key >= 0, 2 ** 62),
+                               (branch + u).clamp(min=0).flatten(1)).view(u.shape)
+    where = torch.where(u == 0, branch // N, A + found).clamp(max=index.shape[1] - 1)
+    r = index.gather(1, where.flatten(1)).view(u.shape)
+    return step[r, (child - trie.first[u]).clamp(min=0)].masked_fill(u < 0, 0.0).sum(-1)
 
 
 class Search:
-    """The trie under a batch of prompts, grown on demand. logp (B,N): log-probability of every
-    prefix known so far.
+    """The trie under a batch of prompts, grown on demand. logp (B,N+1): log-probability of every
+    prefix known so far (the last column is a bin).
 
     logp[b, v] is known (finite) once the decision above node v has been expanded: for the next
     decisions and for finished titles, never for the forced nodes between. Expanding a decision runs
-    the tokens from the one above it, once. As in `log_q`, a document may be branched off at several
-    places: with lengths (D,A) there are B = D * A rows, one a branch.
+    the tokens from the one above it, once, whatever is asked later. As in `log_q`, a document may
+    be branched off at several places: with lengths (D,A) there are B = D * A rows, one a branch,
+    and a document is read once and cached once for all of them.
     """
 
     def __init__(self, model, trie, prompt, over="trie"):
         self.model, self.trie, self.over, self.mode = model, trie, over, trie.modes[over]
-        tokens, length = prompt                             # (D,P), and (D,) or (D,A)
-        self.cache, self.n_prompt, self.length = [], tokens.shape[1], length.flatten()
+        (tokens, length), self.cache = prompt, []           # (D,P), and (D,) or (D,A)
+        D, device = len(tokens), tokens.device
+        self.length, self.n_prompt = length.view(D, -1), tokens.shape[1]
         hidden = model(tokens, cache=self.cache)
-        B, A = len(self.length), len(self.length) // len(tokens)
-        if A > 1:                                           # branches of a document share its pass
-            hidden = hidden.repeat_interleave(A, 0)
-            self.cache = [(k.repeat_interleave(A, 0), v.repeat_interleave(A, 0))
-                          for k, v in self.cache]
-        self.cached = tokens.new_empty(B, 0)                # trie nodes cached after the prompt
-        self.rows = torch.arange(B, device=tokens.device)   # rows still in the cache
-        self.logp = torch.full((B, trie.n_nodes), NEG, device=tokens.device)
+        self.cached = tokens.new_empty(D, 0)                # (D,S) trie nodes after the prompt
+        self.docs = torch.arange(D, device=device)          # documents still in the cache
+        self.rows = torch.arange(length.numel(), device=device)        # and their branches
+        self.branch = self.rows % self.length.shape[1] * trie.n_nodes
+        self.logp = torch.full((len(self.rows), trie.n_nodes + 1), NEG, device=device)
         self.logp[:, 0] = 0.0
-        self.expanded = torch.zeros(B, trie.n_nodes, dtype=torch.bool, device=tokens.device)
-        self._settle(self.rows, torch.zeros_like(self.rows), hidden[self.rows, self.length - 1])
+        self.expanded = torch.zeros_like(self.logp, dtype=torch.bool)
+        last = (self.length - 1)[:, :, None].expand(-1, -1, hidden.shape[-1])
+        self._settle(self.rows, torch.zeros_like(self.rows), hidden.gather(1, last).flatten(0, 1))
 
-    def _settle(self, rows, nodes, hidden):
+    def _settle(self, rows, nodes, hidden, levels=1):
         """Given the hidden states (R,D) at decisions `nodes` (R,) of `rows` (R,), write down what
-        their children lead to.
+        their children lead to. levels: how many of the decisions may stand one above the other.
         """
-        logits, norm = decide(self.model, self.trie, hidden, nodes, self.over)
-        children = self.trie.children(nodes)                                       # (R,C)
-        r, c = (children >= 0).nonzero(as_tuple=True)
-        child = children[r, c]
-        step = logits[r, self.mode.column[child]] - norm[r]
-        self.logp[rows[r], self.mode.end[child]] = self.logp[rows[r], nodes[r]] + step
+        step = decide(self.model, self.trie, hidden, nodes, self.over)             # (R,C)
+        child = self.trie.children(nodes)
+        to = torch.where(child >= 0, self.mode.end[child], self.trie.n_nodes)
+        for _ in range(levels):
+            self.logp[rows[:, None], to] = self.logp[rows, nodes][:, None] + step
+        self.logp[:, -1] = NEG
         self.expanded[rows, nodes] = True
 
-    def expand(self, nodes):
-        """Run the decisions nodes (b, Q), -1 padded, one row for every row still in the cache; the
-        decisions above them must have been expanded before.
+    def expand(self, nodes, levels=1):
+        """Run the decisions nodes (b, Q), -1 padded, one row for every row still in the cache; a
+        decision above them was expanded before, or is among them (levels > 1).
         """
-        chain = [nodes]                                     # a decision, the forced nodes above it
-        above = self.mode.up[nodes]
-        while True:
-            up = self.trie.parent[chain[-1]]
-            up = torch.where((chain[-1] >= 0) & (up != above), up, -1)
-            if not (up >= 0).any():
-                break
-            chain.append(up)
-        new = torch.stack(chain[::-1], 2)                   # (b, Q, L), the decision last
-        (b, Q, L), new = new.shape, new.flatten(1)
-        keys, length = torch.cat([self.cached, new], 1), self.length[self.rows]
-        prompt = torch.arange(self.n_prompt, device=new.device) < length[:, None]
-        mask = torch.cat([prompt[:, None].expand(b, Q * L, -1), look(self.trie, new, keys)], 2)
-        tokens = self.trie.token[new].where(new >= 0, 0)
-        at = length[:, None] + self.trie.depth[new] - 1
-        hidden = self.model(tokens, at, mask, self.cache)
-        self.cached = keys
-        r, q = (nodes >= 0).nonzero(as_tuple=True)
-        self._settle(self.rows[r], nodes[r, q], hidden.view(b, Q, L, -1)[r, q, -1])
+        chain = self.mode.chain[nodes.clamp(min=0)]                                # (b,Q,L)
+        key = torch.where((chain >= 0) & (nodes >= 0)[:, :, None],
+                          chain + self.branch[:len(nodes), None, None], -1)
+        key = unique_rows(key.view(len(self.docs), -1))                            # (d,W)
+        self.cached = torch.cat([self.cached, key], 1)
+        hidden = self.model(*hang(self.trie, self.length[self.docs], key, self.cached,
+                                  self.n_prompt), self.cache)
+        N, A = self.trie.n_nodes, self.length.shape[1]
+        d, w = ((key >= 0) & self.mode.decision[key % N]).nonzero(as_tuple=True)
+        self._settle(self.docs[d] * A + key[d, w] // N, key[d, w] % N, hidden[d, w], levels)
+
+    def expand_all(self, nodes):
+        """Run what has not been run of the decisions nodes (b, Q), -1 padded, wherever they are."""
+        nodes = torch.where((nodes >= 0) & ~self.expanded[self.rows[:, None], nodes], nodes, -1)
+        if (nodes >= 0).any():
+            self.expand(nodes, self.mode.step_node.shape[1])
 
     def keep(self, which):
-        """Drop the rows that are finished from the cache: which (b,) bool over the rows still
+        """Drop the documents that are finished from the cache: which (d,) bool over those still
         there.
         """
-        self.rows, self.cached = self.rows[which], self.cached[which]
-        self.cache = [(k[which], v[which]) for k, v in self.cache]
+        self.docs, self.cached = self.docs[which], self.cached[which]
+        self.rows = (self.docs[:, None] * self.length.shape[1]
+                     + torch.arange(self.length.shape[1], device=which.device)).flatten()
+        for kv in self.cache:
+            kv.keep(which)
 
     def score(self, items):
-        """log q of items (B,M) -> (B,M). Grows what they need, level by level."""
-        for u in self.mode.step_node[items].unbind(-1):     # (B,M) the j-th decision of each
-            u = torch.where((u >= 0) & ~self.expanded.gather(1, u.clamp(min=0)), u, -1)
-            if (u >= 0).any():
-                self.expand(unique_rows(u))
+        """log q of items (B,M) -> (B,M), in one pass over what they need and nothing has run."""
+        self.expand_all(self.mode.step_node[items].flatten(1))
         return self.logp.gather(1, self.trie.leaf[items])
 
     def sample(self, n, tau=1.0, generator=None):
@@ -202,20 +200,19 @@ class Search:
         (which would take the whole catalog to compute). At tau = 1 the two are the same and a
         sample is an exact draw from q (with over="vocab": from q given that the title exists).
         """
-        B, device = len(self.rows), self.logp.device
-        node = torch.zeros(B, n, dtype=torch.long, device=device)
+        node = torch.zeros(len(self.rows), n, dtype=torch.long, device=self.logp.device)
         while True:
             active = self.trie.item[node] < 0
             if not active.any():
                 return self.trie.item[node]
             todo = torch.where(active & ~self.expanded.gather(1, node), node, -1)
             if (todo >= 0).any():
-                self.expand(unique_rows(todo))
+                self.expand(todo)
             b, s = active.nonzero(as_tuple=True)
             children = self.trie.children(node[b, s])                              # (R,C)
-            end = self.mode.end[children.clamp(min=0)]
+            end = torch.where(children >= 0, self.mode.end[children], self.trie.n_nodes)
             # the constant log-prob of node cancels
-            z = self.logp[b[:, None], end].masked_fill(children < 0, NEG) / tau
+            z = self.logp[b[:, None], end] / tau
             pick = torch.multinomial(z.softmax(-1), 1, generator=generator)
             node[b, s] = end.gather(1, pick)[:, 0]
 
@@ -225,11 +222,14 @@ class Search:
 
         Exact: a prefix is at least as probable as every title under it, so it is expanded, best
         first, up to `width` at a time (half as many again each time, for a model that knows
-        little), only while it still beats the k-th best finished title. Where fewer than k items
-        are left, the rest is -1 with -inf.
+        little), only while it still beats the k-th best finished title. width = 0 runs the whole
+        catalog in one pass instead: more tokens, no waiting for one pass to say what the next one
+        needs. Where fewer than k items are left, the rest is -1 with -inf.
         """
         decisions = self.mode.decision.nonzero()[:, 0]
-        while True:
+        if not width:
+            self.expand_all(decisions.expand(len(self.rows), -1))
+        while width:
             titles = self.logp[self.rows[:, None], self.trie.leaf].masked_fill(seen[self.rows], NEG)
             kth = titles.topk(min(k, titles.shape[1]), 1).values[:, -1:]
             done = self.expanded[self.rows[:, None], decisions]
@@ -237,21 +237,22 @@ class Search:
             bound, which = open_.topk(min(int(width), len(decisions)), 1)
             width *= 1.5
             want = bound > kth
-            busy = want.any(1)
+            busy = want.view(len(self.docs), -1).any(1)
             if not busy.any():
                 break
             # the others are finished: forget their cache
             if busy.float().mean() < 0.75:
                 self.keep(busy)
-                want, which = want[busy], which[busy]
+                branches = busy.repeat_interleave(self.length.shape[1])
+                want, which = want[branches], which[branches]
             want = want[:, :int(want.sum(1).max())]
             self.expand(torch.where(want, decisions[which[:, :want.shape[1]]], -1))
         titles = self.logp[:, self.trie.leaf].masked_fill(seen, NEG)
         value, item = titles.topk(min(k, titles.shape[1]), 1)
         item = torch.where(value > NEG, item, -1)
         short = k - item.shape[1]
-        return (torch.nn.functional.pad(item, (0, short), value=-1), torch.nn.functional.pad(value,
-            (0, short), value=NEG),
+        pad = torch.nn.functional.pad
+        return (pad(item, (0, short), value=-1), pad(value, (0, short), value=NEG),
                 self.expanded.sum(1))
 
 

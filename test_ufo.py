@@ -156,6 +156,48 @@ def test_mixed_precision_keeps_adapters_in_float32():
                for p in model.adapter_parameters("a"))
 
 
+def test_compiled_blocks_are_a_handful_of_graphs_and_change_nothing():
+    """Three layers, two adapters, training and not, with and without a mask, at many lengths."""
+    from torch._dynamo.utils import counters
+    torch._dynamo.reset()
+    counters.clear()
+    model = random_model(50, n_layers=3).freeze()
+    for name in ("sft", "player"):
+        model.add_adapter(name, 4)
+        for p in model.adapter_parameters(name):
+            torch.nn.init.normal_(p, std=0.2)
+
+    def passes():
+        out = []
+        for T in (9, 12, 17, 23):
+            x = torch.arange(3 * T).view(3, T) % 50
+            mask = torch.ones(3, T, T, dtype=torch.bool).tril()
+            for name, args in (("sft", (x,)), ("player", (x, torch.arange(T).expand(3, T), mask))):
+                hidden = model.use(name).train(name == "sft")(*args)
+                out += [hidden, *torch.autograd.grad(hidden.sum(), model.adapter_parameters(name))]
+        return out
+
+    want = passes()
+    model.compile_blocks(backend="aot_eager")
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(passes(), want, strict=True))
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+
+
+def test_flops_against_a_count_by_torch():
+    from torch.utils.flop_counter import FlopCounterMode
+    model, x = random_model(50).freeze(), torch.randint(50, (2, 30))
+    model.add_adapter("a", 4)
+    model.use("a")
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model.logits(model(x))
+    with FlopCounterMode(display=False) as both:
+        model.logits(model(x)).sum().backward()
+    # torch does not count attention on a CPU
+    for train, counted in ((False, forward), (True, both)):
+        assert model.flops(60, 0, 60 * 50, train) == counted.get_total_flops()
+    assert model.flops(60, 30, train=False) - model.flops(60, 0, train=False) == 2 * 4 * 30 * 60 * 32
+
+
 # ---------------------------------------------------------------------- the tokenizer
 
 def bpe_tokenizer(pre, **kw):
@@ -341,12 +383,13 @@ def test_top_k_equals_brute_force(toy, over):
         # the best ones too, so that leaving out matters
         seen[u, score[u].topk(3).indices] = True
     want = score.masked_fill(seen, -torch.inf).topk(10)
-    for width in (1, 8):
+    everything = catalog.trie.modes[over].decision.sum()
+    for width in (1, 8, 0):
         search = selfplay.Search(model, catalog.trie, prompt, over)
         items, value, run = search.top_k(10, seen, width)
         assert torch.equal(items, want.indices) and torch.allclose(value, want.values, atol=1e-4)
         assert not seen.gather(1, items).any()
-        assert (run < catalog.trie.modes[over].decision.sum()).all()       # it did not run them all
+        assert (run < everything).all() if width else (run == everything).all()
     few = torch.ones_like(seen)
     few[:, :4] = False                                                 # only four items are left
     items, value, _ = selfplay.Search(model, catalog.trie, prompt, over).top_k(10, few)
@@ -694,16 +737,22 @@ def test_popularity_groups_and_windows(toy):
     assert target[1] == h.histories[0][-1] and val_target[1] == h.histories[0][-3]
     assert len(val_history[0]) == len(h.train(0))
     rng, seen = np.random.default_rng(0), np.zeros(len(ds.titles), int)
-    gen = data.training_windows(ds, 5, rng)
+    gen = data.training_batches(ds, 5, 1, catalog.lengths, rng)
     targets = sum(len(ds.train(u)) - 1 for u in range(len(ds.users)))
     # one epoch: every title but the first, once
     while targets > 0:
-        w = next(gen)
+        w, = next(gen)
         targets -= len(w) - 1
         np.add.at(seen, w[1:], 1)
     want = np.bincount(np.concatenate([ds.train(u)[1:] for u in range(len(ds.users))]),
                        minlength=len(ds.titles))
     assert targets == 0 and (seen == want).all()
+    # batches of like length: hardly any padding, where drawing at random would have much
+    size = lambda w: catalog.lengths[w].sum()
+    gen = data.training_batches(ds, 30, 8, catalog.lengths, rng)
+    batches = [[size(w) for w in next(gen)] for _ in range(12)]
+    padding = lambda batches: sum(8 * max(b) for b in batches) / np.sum(batches) - 1
+    assert padding(batches) < 0.5 * padding(rng.permutation(np.ravel(batches)).reshape(12, 8))
 
 
 # ---------------------------------------------------------------------- train.py
@@ -783,6 +832,23 @@ def test_ml1m_end_to_end_for_a_few_steps(tmp_path, monkeypatch):
     assert "Sci-Fi" in r["origins"]["groups"]
     saved = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
     assert saved["tuned"] and all("lora_" in k for k in saved["tuned"])
+
+
+def test_benchmark_agrees_with_transformers_and_writes_json(tmp_path):
+    import bench
+    small = ["--dim=48", "--n_layers=2", "--n_heads=6", "--n_kv_heads=2", "--ffn_dim=96",
+             "--vocab_size=6000", "--n_titles=300", "--history=6", "--repeats=1", "--users=3",
+             "--device=cpu", "--dtype=float32", f"--out={tmp_path / 'bench.json'}"]
+    bench.main(bench.Bench(**train.parse(small, bench.Bench)))
+    got = json.loads((tmp_path / "bench.json").read_text())
+    assert all(got[k]["ours_s"] > 0 and got[k]["peer_s"] > 0 and got[k]["ratio"] > 0
+               for k in ("corrector", "corrector_S16", "sft", "topk")) and got["hardware"]
+    world = bench.World(bench.Bench(**train.parse(small, bench.Bench)), torch.device("cpu"),
+                        torch.float32)
+    broken = lambda: (world.model.use("player"), bench.our_sft(world.model, world, windows))[1] * 1.01
+    windows, hf = world.histories(2, 7), bench.twin(world.model)
+    with pytest.raises(SystemExit, match="the sides differ"):
+        bench.agree(world, "sft", broken, lambda: bench.peer_sft(hf, world, windows), 1e-4)
 
 
 def test_command_line_errors_are_one_line_and_exit_2(tmp_path):

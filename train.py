@@ -12,6 +12,7 @@ import difflib
 import json
 import math
 import platform
+import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ class Config:
     dtype: str = "auto"             # auto | bfloat16 | float16 | float32: base and activations
     compile: str = "auto"           # auto (on a GPU) | True | False: torch.compile training passes
     eval_batch: int = 64            # users at a time in search and play
+    search: str = "auto"            # exact top K: best-first | catalog (all of it in one pass)
     # the model
     init_from: str = "HuggingFaceTB/SmolLM2-135M"   # hub id | folder | file.gguf | scratch
     tokens: str = "text"            # scratch: text | items (one token a title, a yardstick)
@@ -96,6 +98,7 @@ CHOICES = {
     "device": ("auto", "cuda", "cpu", "mps"),
     "dtype": ("auto", "bfloat16", "float16", "float32"),
     "compile": ("auto", "True", "False"),
+    "search": ("auto", "best-first", "catalog"),
 }
 AT_LEAST = dict(
     holdout=1, max_users=0, eval_users=0, history=1, topk=1, batch_size=1, eval_batch=1, dropout=0,
@@ -108,11 +111,11 @@ def nearest(word, options):
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(options)}"
 
 
-def configure(argv):
-    """['--key=value', ...] -> Config: the class's defaults, the data set's preset, then what was
-    typed. InputError in a line.
+def parse(argv, options):
+    """['--key=value', ...] -> {key: value} with the types of the fields of the dataclass `options`.
+    InputError in a line.
     """
-    fields = {f.name: f for f in dataclasses.fields(Config)}
+    fields = {f.name: f for f in dataclasses.fields(options)}
     typed = {}
     for arg in argv:
         key, eq, value = arg.partition("=")
@@ -127,6 +130,24 @@ def configure(argv):
         except (ValueError, KeyError):
             raise data.InputError(f"--{key}={value}: expected "
                                   f"{'True or False' if kind is bool else kind.__name__}") from None
+    return typed
+
+
+def check(cfg):
+    """InputError where a field is not among its CHOICES or under its AT_LEAST. -> cfg"""
+    for key, value in dataclasses.asdict(cfg).items():
+        if isinstance(value, str) and value not in CHOICES.get(key, [value]):
+            raise data.InputError(f"--{key}={value}: not known{nearest(value, CHOICES[key])}")
+        if key in AT_LEAST and not value >= AT_LEAST[key]:
+            raise data.InputError(f"--{key}={value}: must be at least {AT_LEAST[key]}")
+    return cfg
+
+
+def configure(argv):
+    """Options -> Config: the class's defaults, the data set's preset, then what was typed.
+    InputError in a line.
+    """
+    typed = parse(argv, Config)
     name = typed.get("dataset", Config.dataset)
     if name not in PRESETS or name == "scratch":
         raise data.InputError(f"--dataset={name}: no such data "
@@ -134,15 +155,8 @@ def configure(argv):
     preset = dict(PRESETS[name])
     if name != "toy" and typed.get("init_from") == "scratch":
         preset |= PRESETS["scratch"]
-    cfg = Config(**(preset | typed))
+    cfg = check(Config(**(preset | typed)))
     cfg.out_dir = cfg.out_dir or f"out/{cfg.dataset}"
-    for key, options in CHOICES.items():
-        if getattr(cfg, key) not in options:
-            raise data.InputError(f"--{key}={getattr(cfg, key)}: not "
-                                  f"known{nearest(getattr(cfg, key), options)}")
-    for key, low in AT_LEAST.items():
-        if not getattr(cfg, key) >= low:
-            raise data.InputError(f"--{key}={getattr(cfg, key)}: must be at least {low}")
     for key in ("temperature", "sft_lr", "lr", "pretrain_lr"):
         if not getattr(cfg, key) > 0:
             raise data.InputError(f"--{key}={getattr(cfg, key)}: must be above 0")
@@ -182,6 +196,30 @@ def choose_device(cfg):
     return torch.device(name), getattr(torch, dtype)
 
 
+def matmul_peak(device, dtype):
+    """The most operations a second that a matrix product reaches here: what utilisation is a share
+    of. Best of some sizes and tries, in `dtype`; takes a second.
+    """
+    best, sync = 0.0, torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for n in (4096, 8192) if device.type == "cuda" else (512, 1024, 2048):
+        a = torch.randn(n, n, device=device).to(dtype)
+        for _ in range(6):
+            sync()
+            t0 = time.perf_counter()
+            a @ a
+            sync()
+            best = max(best, 2 * n ** 3 / (time.perf_counter() - t0))
+    return best
+
+
+def peak_memory(device):
+    """GiB: the most that tensors took on the GPU, or that the process took on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
 # ---------------------------------------------------------------------- the run
 
 class Policies:
@@ -196,14 +234,10 @@ class Policies:
     def __init__(self, base, full):
         self.base, self.full = base, full
         self.tuned = copy.deepcopy(base) if full else base
-        self.compiled = {}
 
-    def __call__(self, name, compiled=False):
+    def __call__(self, name):
         model = self.base if name == "pretrained" else self.tuned
-        model.use(None if name == "pretrained" or (self.full and name == "sft") else name)
-        if compiled and model not in self.compiled:
-            self.compiled[model] = torch.compile(model, dynamic=True)
-        return self.compiled[model] if compiled else model
+        return model.use(None if name == "pretrained" or (self.full and name == "sft") else name)
 
 
 class Run:
@@ -215,7 +249,8 @@ class Run:
         self.device, self.dtype = choose_device(cfg)
         on_gpu = self.device.type == "cuda"
         self.compile = cfg.compile == "True" or (cfg.compile == "auto" and on_gpu)
-        self.multiple = 64 if self.compile else 8          # prompts are padded to a multiple of it
+        self.multiple = 8 if on_gpu else 1                 # rows are padded to a multiple of it
+        self.peak = matmul_peak(self.device, self.dtype)
         torch.manual_seed(cfg.seed)
         self.rng = np.random.default_rng(cfg.seed)
         self.ds = ds = data.load_dataset(cfg.dataset, cfg.data_dir, cfg.group_by, cfg.holdout,
@@ -268,6 +303,19 @@ class Run:
         except (OSError, ValueError) as e:
             raise data.InputError(f"init_from={cfg.init_from}: {str(e).splitlines()[0]}") from None
 
+    def batches(self):
+        """Endless batches of training windows."""
+        return data.training_batches(self.ds, self.cfg.sft_window, self.cfg.batch_size,
+                                     self.catalog.lengths, self.rng)
+
+    def width(self, rows):
+        """How many prefixes `Search.top_k` runs at a time; 0: the whole catalog in one pass, which
+        a GPU does sooner than it waits for several, as long as the pass is small.
+        """
+        nodes = int(self.catalog.trie.modes["trie"].decision.sum())
+        one_pass = self.device.type == "cuda" and rows * nodes <= 2 ** 16
+        return 0 if self.cfg.search == "catalog" or (self.cfg.search == "auto" and one_pass) else 8
+
     def minutes(self):
         return (time.time() - self.start) / 60
 
@@ -288,18 +336,19 @@ class Run:
         return opt, torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def step(self, loss, params, opt, scaler):
-        """Backward, clip to norm 1, update. With float16 the scaler leaves a step out when a
-        gradient overflows.
+        """Backward, clip to norm 1, update -> the loss, a number. With float16 the scaler leaves a
+        step out when a gradient overflows.
         """
-        if not torch.isfinite(loss):
-            raise SystemExit(f"the loss is {loss.item()}: stopped (lower the learning rate)")
         scaler.scale(loss).backward()
         scaler.unscale_(opt)
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         scaler.step(opt)
         scaler.update()
         opt.zero_grad(set_to_none=True)
-        return loss.item()
+        value = loss.item()                # the one wait for the GPU in a step
+        if not math.isfinite(value):
+            raise SystemExit(f"the loss is {value}: stopped (lower the learning rate)")
+        return value
 
     @torch.no_grad()
     def measure(self, policy, split, over="trie", stage=None, most=0):
@@ -309,8 +358,9 @@ class Run:
         cfg, t0 = self.cfg, time.time()
         user, history, target = spaced(self.cases[split], most)
         model = self.policies(policy).eval()
-        # like lengths together
-        order = np.argsort([-len(h[-cfg.history:]) for h in history], kind="stable")
+        # like lengths together, the longest first
+        size = [self.catalog.lengths[h[-cfg.history:]].sum() for h in history]
+        order = np.argsort(size, kind="stable")[::-1]
         lists, log_loss, run = np.empty((len(user), cfg.topk), int), np.empty(len(user)), 0
         for i in tqdm(range(0, len(order), cfg.eval_batch), f"{stage or policy} {split}",
                       leave=False, disable=None):
@@ -323,7 +373,7 @@ class Run:
             seen = torch.zeros(len(b), len(self.ds.titles), dtype=torch.bool, device=self.device)
             for row, n in enumerate(b):
                 seen[row, history[n]] = True
-            items, _, n_run = search.top_k(cfg.topk, seen)
+            items, _, n_run = search.top_k(cfg.topk, seen, self.width(len(b)))
             lists[b], run = items.cpu().numpy(), run + int(n_run.sum())
         row = metrics.report(self.ds.credit, user, [h[-cfg.history:] for h in history], lists,
                              target, log_loss)
@@ -383,18 +433,22 @@ class Run:
             save = lambda: policies.tuned.adapter_state("sft")
             restore = lambda state: policies.tuned.load_adapter("sft", state)
         opt, scaler = self.optimizer(params, cfg.sft_lr)
-        windows = data.training_windows(self.ds, cfg.sft_window, self.rng)
+        batches = self.batches()
         best, best_state, since = -1.0, save(), 0
+        speed = Speed(self)
         bar = tqdm(range(cfg.sft_iters), "sft", disable=None, leave=False)
         for it in bar:
+            speed.begin()
             set_lr(opt, cfg.sft_lr, it, cfg.sft_iters)
-            model = policies("sft", self.compile).train()
-            tokens, at, node, child, n = self.catalog.window_batch([next(windows)
-                for _ in range(cfg.batch_size)], self.device, self.multiple)
+            model = policies("sft").train()
+            windows = next(batches)
+            tokens, at, node, child, n = self.catalog.window_batch(windows, self.device,
+                                                                   self.multiple)
             hidden = model(tokens).flatten(0, 1)[at]
             # nats a title
             loss = -selfplay.step_log_prob(model, self.catalog.trie, hidden, node, child).sum() / n
             loss = self.step(loss, params, opt, scaler)
+            speed.end(policies.tuned, windows, len(at))
             if it % 10 == 0:
                 bar.set_postfix(log_loss=f"{loss:.3f}", best=f"{best:.4f}")
                 self.log(event="sft", it=it, loss=loss)
@@ -409,6 +463,7 @@ class Run:
                     break
         restore(best_state)
         policies.tuned.freeze()
+        print(f"[{self.minutes():5.1f} min] SFT: {speed.report()}")
 
     def correct(self, windows, places, items, logq_t, logq_sft, weights, optimizer):
         """A round's corrector steps: minimise (9) on what `selfplay.play` made. -> mean loss and
@@ -420,7 +475,7 @@ class Run:
         bar = tqdm(range(0, len(items), cfg.batch_size), "correct", disable=None, leave=False)
         for it, i in enumerate(bar):
             b = slice(i, i + cfg.batch_size)
-            model = self.policies("player", self.compile).eval()   # no dropout: f = 0 at the start
+            model = self.policies("player").eval()   # no dropout: f = 0 at the start
             prompt = self.catalog.branches(windows[b], places[b], self.device, self.multiple)
             logq = selfplay.log_q(model, self.catalog.trie, prompt, items[b])      # (B, A, 1 + S)
             f = judger.score(logq, logq_t[b], logq_sft[b], cfg.lam, cfg.alpha).flatten(0, 1)
@@ -442,7 +497,7 @@ class Run:
         optimizer = self.optimizer(tuned.adapter_parameters("player"), cfg.lr)
         set_lr(optimizer[0], cfg.lr, 1, 0)
         generator = torch.Generator(self.device).manual_seed(cfg.seed)
-        windows = data.training_windows(ds, cfg.sft_window, self.rng)
+        batches = self.batches()
         log_v, val = np.zeros(len(ds.groups)), self.measure("sft", "val")
         for t in range(1, cfg.rounds + 1):
             E_star, E_t = np.array(val["E_star"]), np.array(val["E"])
@@ -453,17 +508,17 @@ class Run:
                   f"for {ds.groups[g]} ({log_v[g]:+.2f}; "
                   f"starved by {from_pretraining[g]:+.2f} from pretraining, "
                   f"{from_tuning[g]:+.2f} since)")
-            batch = [next(windows) for _ in range(cfg.round_iters * cfg.batch_size)]
-            places = data.draw_places(batch, cfg.branches, self.rng)
+            windows = [w for _ in range(cfg.round_iters) for w in next(batches)]
+            places = data.draw_places(windows, cfg.branches, self.rng)
             tuned.eval()
             bar = lambda loop: tqdm(loop, "play", disable=None, leave=False)
-            played = selfplay.play(self.policies, self.catalog, batch, places, cfg.num_negatives,
+            played = selfplay.play(self.policies, self.catalog, windows, places, cfg.num_negatives,
                                    cfg.temperature,
                                    max(1, cfg.eval_batch // cfg.branches), cfg.alpha, bar,
                                    generator)
             weights = torch.as_tensor(judger.item_weights(ds.credit, log_v), dtype=torch.float32,
                                       device=self.device)
-            loss, right = self.correct(batch, places, *played, weights, optimizer)
+            loss, right = self.correct(windows, places, *played, weights, optimizer)
             self.log(event="round", round=t, log_v=log_v.tolist(),
                      from_pretraining=from_pretraining.tolist(), from_tuning=from_tuning.tolist(),
                      loss=loss, judger_accuracy=right)
@@ -489,6 +544,43 @@ class Run:
         return {"uniform": {"log_loss": math.log(len(self.ds.titles)),
                             f"HR@{self.cfg.topk}": float((self.cfg.topk / unseen).mean())},
                 "popularity": row}
+
+
+class Speed:
+    """How fast SFT trained: windows, titles predicted, tokens (padding not counted) a second, and
+    the share of the machine's own matrix product that this is.
+    """
+
+    def __init__(self, run):
+        self.run, self.seconds, self.steps = run, [], 0
+        self.titles = self.tokens = self.flops = 0
+
+    def begin(self):
+        self.start = time.perf_counter()
+
+    def end(self, model, windows, choices):
+        if self.steps >= 3:                                 # the first steps compile and warm up
+            self.seconds.append(time.perf_counter() - self.start)
+            size = [len(self.run.catalog.header) + self.run.catalog.lengths[w].sum()
+                    for w in windows]
+            self.titles += sum(len(w) - 1 for w in windows)
+            self.tokens += sum(size)
+            self.flops += model.flops(sum(size), np.dot(size, size) / sum(size) / 2,
+                                      choices * len(self.run.catalog.trie.vocab))
+        self.steps += 1
+
+    def report(self):
+        if not self.seconds:
+            return f"{self.steps} steps, too few to time"
+        s, run = sum(self.seconds), self.run
+        rate = {"titles_per_s": self.titles / s, "tokens_per_s": self.tokens / s,
+                "flops_per_s": self.flops / s, "utilisation": self.flops / s / run.peak}
+        run.log(event="speed", **rate, matmul_flops_per_s=run.peak)
+        return (f"{self.steps} steps, median {1e3 * np.median(self.seconds):.0f} ms; "
+                f"{rate['titles_per_s']:.0f} titles and {rate['tokens_per_s']:.0f} tokens a second; "
+                f"{rate['flops_per_s'] / 1e12:.3g} TFLOP/s, {rate['utilisation']:.0%} of the "
+                f"{run.peak / 1e12:.3g} that a {str(run.dtype)[6:]} matrix product reaches here; "
+                f"at most {peak_memory(run.device):.1f} GiB")
 
 
 def spaced(cases, n):
@@ -573,11 +665,15 @@ def example_lists(run, sft, last, n=3):
                                                for i in row["lists"][case][:5]))
 
 
+def compiled_graphs(run):
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if run.compile else 0
+
+
 def versions(run):
     import importlib.metadata as meta
     found = {p: meta.version(p) for p in ("torch", "transformers", "tiktoken", "numpy")}
     card = torch.cuda.get_device_name() if run.device.type == "cuda" else platform.machine()
-    return found | {"python": platform.python_version(), "base": run.source, "data": run.ds.source,
+    return found | {"python": platform.python_version(), "compiled_graphs": compiled_graphs(run), "base": run.source, "data": run.ds.source,
                     "device": f"{run.device.type} {card}", "dtype": str(run.dtype)[6:]}
 
 
@@ -588,6 +684,8 @@ def main(cfg):
         run.pretrain()
     run.base.freeze()
     run.policies = Policies(run.base, cfg.sft_full)
+    if run.compile:
+        run.policies.tuned.compile_blocks()
 
     pre = run.measure("pretrained", "test")
     # over the vocabulary no token is forced, which is slow: 200 users are enough
@@ -605,8 +703,8 @@ def main(cfg):
     example_lists(run, sft, last)
     results_table(rows, yardsticks, cfg.topk)
     k = f"MGU@{cfg.topk}"
-    print(f"{k}: {last[k] / sft[k] - 1:+.0%} against SFT; {run.minutes():.1f} minutes in all; "
-          f"results in {run.out}/results.json")
+    print(f"{k}: {last[k] / sft[k] - 1:+.0%} against SFT; {run.minutes():.1f} minutes in all, at "
+          f"most {peak_memory(run.device):.1f} GiB, {compiled_graphs(run)} compiled graphs; results in {run.out}/results.json")
     plain = [{key: v for key, v in row.items() if key != "lists"} for row in rows]
     with open(run.out / "results.json", "w") as f:
         json.dump({"config": dataclasses.asdict(cfg), "versions": versions(run), "origins": origins,
