@@ -7,6 +7,7 @@ hand.
 import json
 import math
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,9 +194,10 @@ def test_flops_against_a_count_by_torch():
     with FlopCounterMode(display=False) as both:
         model.logits(model(x)).sum().backward()
     # torch does not count attention on a CPU
-    for train, counted in ((False, forward), (True, both)):
-        assert model.flops(60, 0, 60 * 50, train) == counted.get_total_flops()
-    assert model.flops(60, 30, train=False) - model.flops(60, 0, train=False) == 2 * 4 * 30 * 60 * 32
+    for trained, counted in ((False, forward), (True, both)):
+        assert model.flops(60, 0, 60 * 50, trained) == counted.get_total_flops()
+    attention = model.flops(60, 30, train=False) - model.flops(60, 0, train=False)
+    assert attention == 2 * 4 * 30 * 60 * 32
 
 
 # ---------------------------------------------------------------------- the tokenizer
@@ -790,7 +792,7 @@ def test_toy_end_to_end_and_bitwise_again(tmp_path):
         results.append(r)
         assert [row["stage"] for row in r["rows"]] == ["pretrained", "pretrained-vocab", "sft",
                                                        "ufo-1", "ufo-2"]
-        assert {"HR@10", "NDCG@10", "MGU@10", "DGU@10", "coverage", "ci", "minutes",
+        assert {"HR@10", "NDCG@10", "MGU@10", "DGU@10", "coverage", "ci", "collapsed",
                 "log_loss"} <= set(r["rows"][0])
         assert {"groups", "E_star", "E_pre", "E_sft", "covariance",
                 "correlation"} <= set(r["origins"]) and r["config"]["seed"] == 0
@@ -799,9 +801,104 @@ def test_toy_end_to_end_and_bitwise_again(tmp_path):
         assert {"pretrain", "sft", "eval", "correct", "round"} <= events
         first = next(x for x in lines if x["event"] == "correct")      # the player is its opponent:
         assert first["loss"] == pytest.approx(math.log(5), abs=1e-4)   # f = 0, dropout or not
-    figures = [[{k: v for k, v in row.items() if k != "minutes"} for row in r["rows"]]
-               for r in results]
-    assert figures[0] == figures[1]
+    assert results[0] == results[1]
+    assert not list(tmp_path.glob("*/checkpoint*"))
+
+
+def train_py(*args, **kw):
+    import subprocess
+    import sys
+    return subprocess.Popen([sys.executable, "train.py", *args], stdout=subprocess.PIPE, text=True,
+                            stderr=subprocess.STDOUT, **kw)
+
+
+def test_killed_at_random_moments_a_run_ends_as_if_it_never_was(tmp_path):
+    """SIGKILL ten times, Ctrl-C once: the same results.json, byte for byte, and the same log but for
+    its minutes.
+    """
+    import random
+    import signal
+    import time
+    small = [*SMALL, "--max_users=40", "--save_every=0"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    begin = time.time()
+    run = train_py(*small, f"--out_dir={whole}")
+    assert run.wait() == 0, run.stdout.read()
+    lasted, kills, interrupted, random_ = time.time() - begin, 0, False, random.Random(0)
+    args = [*small, f"--out_dir={broken}"]
+    while not (broken / "results.json").exists():
+        run = train_py(*args)
+        # first into the start-up, then further and further: some kills hit every stage
+        time.sleep(lasted * random_.uniform(0.3, 0.6))
+        if run.poll() is None and kills < 10:
+            run.kill()
+            kills += 1
+        elif run.poll() is None and not interrupted:
+            run.send_signal(signal.SIGINT)
+            interrupted = True
+            assert run.wait() == 130 and "--resume" in run.stdout.read()
+        assert run.wait() in (0, -9, 130), run.stdout.read()[-2000:]
+        if (broken / "checkpoint.pt").exists() or (broken / "checkpoint.previous.pt").exists():
+            args = ["--resume", f"--out_dir={broken}"]
+    assert kills >= 5
+    assert (broken / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+    lines = [[{k: v for k, v in json.loads(x).items() if k not in ("minutes", "seconds")
+               and "_per_s" not in k} for x in (d / "log.jsonl").read_text().splitlines()]
+             for d in (whole, broken)]
+    wanted = [[x for x in ls if x["event"] not in ("speed", "done")] for ls in lines]
+    assert wanted[0] == wanted[1]
+    run = train_py("--resume", f"--out_dir={broken}")
+    assert "finished" in run.stdout.read() and run.wait() == 0
+
+
+def test_resume_refuses_other_options_and_survives_damage(tmp_path, capsys):
+    out = tmp_path / "out"
+
+    class Enough(Exception):
+        pass
+
+    def unfinished():
+        run = train.Run(train.configure([*SMALL, f"--out_dir={out}"]))
+        for _ in range(2):
+            run.state["it"] += 1
+            run.save()
+    unfinished()
+    with pytest.raises(data.InputError, match="unfinished run: --resume"):
+        train.Run(train.configure([*SMALL, f"--out_dir={out}"]))
+    with pytest.raises(data.InputError, match="sft_iters was 20"):
+        train.configure(["--resume", f"--out_dir={out}", "--sft_iters=21"])
+    assert train.configure(["--resume", f"--out_dir={out}"]).sft_iters == 20
+    raw = bytearray((out / "checkpoint.pt").read_bytes())
+    raw[len(raw) // 2] ^= 1                                            # one bit
+    (out / "checkpoint.pt").write_bytes(raw)
+    run = train.Run(train.configure(["--resume", f"--out_dir={out}"]))
+    assert run.state["it"] == 1 and "checkpoint.pt is damaged" in capsys.readouterr().out
+    (out / "checkpoint.previous.pt").write_bytes(b"short")
+    assert train.read_checkpoint(out) is None
+
+
+def test_full_disk_loses_neither_run_nor_checkpoint(tmp_path, monkeypatch, capsys):
+    run = train.Run(train.configure([*SMALL, f"--out_dir={tmp_path}"]))
+    run.save()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(train.os, "fsync", full)
+    run.state["it"] = 7
+    run.save()
+    said = capsys.readouterr().out
+    assert "could not be written (No space left" in said and not (tmp_path
+                                                                  / "checkpoint.new.pt").exists()
+    assert train.read_checkpoint(tmp_path)["state"]["it"] == 0
+    run.log_file = open("/dev/full", "w") if Path("/dev/full").exists() else run.log_file
+    run.log(event="x")
+    assert not Path("/dev/full").exists() or "a line was lost" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    run = train.Run(train.configure([*SMALL, f"--out_dir={tmp_path}"]))
+    with pytest.raises(SystemExit, match="pretrain, step and batch 0"):
+        run.step(sum(p.sum() for p in run.params) * float("nan"))
 
 
 def test_sft_and_the_game_learn(tmp_path):
@@ -845,7 +942,8 @@ def test_benchmark_agrees_with_transformers_and_writes_json(tmp_path):
                for k in ("corrector", "corrector_S16", "sft", "topk")) and got["hardware"]
     world = bench.World(bench.Bench(**train.parse(small, bench.Bench)), torch.device("cpu"),
                         torch.float32)
-    broken = lambda: (world.model.use("player"), bench.our_sft(world.model, world, windows))[1] * 1.01
+    broken = lambda: bench.our_sft(world.model, world, windows) * 1.01
+    world.model.use("player")
     windows, hf = world.histories(2, 7), bench.twin(world.model)
     with pytest.raises(SystemExit, match="the sides differ"):
         bench.agree(world, "sft", broken, lambda: bench.peer_sft(hf, world, windows), 1e-4)

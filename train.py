@@ -9,10 +9,15 @@ Options are --key=value over the Config below. Equation numbers are those of the
 import copy
 import dataclasses
 import difflib
+import hashlib
+import io
+import itertools
 import json
 import math
+import os
 import platform
 import resource
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -43,6 +48,8 @@ class Config:
     history: int = 20               # titles of the history that a prompt shows
     topk: int = 10                  # length K of a recommendation list
     seed: int = 0                   # of everything drawn; the toy world itself too
+    resume: bool = False            # go on with the unfinished run in out_dir, with its options
+    save_every: float = 60.0        # seconds between checkpoints
     # the machine
     device: str = "auto"            # auto | cuda | cpu | mps
     dtype: str = "auto"             # auto | bfloat16 | float16 | float32: base and activations
@@ -102,8 +109,12 @@ CHOICES = {
 }
 AT_LEAST = dict(
     holdout=1, max_users=0, eval_users=0, history=1, topk=1, batch_size=1, eval_batch=1, dropout=0,
-    lora_rank=1, sft_window=2, sft_iters=0, eval_every=1, patience=0, pretrain_iters=0,
-    rounds=0, round_iters=1, branches=1, num_negatives=1, gamma=0, lam=0, alpha=0)
+    lora_rank=1, sft_window=2, seed=0, save_every=0, weight_decay=0, sft_iters=0, eval_every=1,
+    patience=0, pretrain_iters=0, rounds=0, round_iters=1, branches=1, num_negatives=1, gamma=0, lam=0, alpha=0)
+
+
+# options that do not change a result: where it is kept, and how safely
+PLACES = ("out_dir", "data_dir", "resume", "save_every")
 
 
 def nearest(word, options):
@@ -112,19 +123,20 @@ def nearest(word, options):
 
 
 def parse(argv, options):
-    """['--key=value', ...] -> {key: value} with the types of the fields of the dataclass `options`.
-    InputError in a line.
+    """['--key=value', ...] -> {key: value} with the types of the fields of the dataclass `options`;
+    --key alone is --key=True. InputError in a line.
     """
     fields = {f.name: f for f in dataclasses.fields(options)}
     typed = {}
     for arg in argv:
         key, eq, value = arg.partition("=")
-        if not key.startswith("--") or not eq:
+        if not key.startswith("--"):
             raise data.InputError(f"{arg!r}: options are written --key=value")
         key = key[2:]
         if key not in fields:
             raise data.InputError(f"unknown option --{key}{nearest(key, fields)}")
         kind = fields[key].type
+        value = value if eq else "True" if kind is bool else ""
         try:
             typed[key] = {"True": True, "False": False}[value] if kind is bool else kind(value)
         except (ValueError, KeyError):
@@ -140,11 +152,14 @@ def check(cfg):
             raise data.InputError(f"--{key}={value}: not known{nearest(value, CHOICES[key])}")
         if key in AT_LEAST and not value >= AT_LEAST[key]:
             raise data.InputError(f"--{key}={value}: must be at least {AT_LEAST[key]}")
+        if not isinstance(value, str | dict | None) and abs(value) >= 2 ** 31:
+            raise data.InputError(f"--{key}={value}: too large")
     return cfg
 
 
 def configure(argv):
-    """Options -> Config: the class's defaults, the data set's preset, then what was typed.
+    """Options -> Config: the class's defaults, the data set's preset, then what was typed. With
+    --resume: the options of the unfinished run, which what was typed must not contradict.
     InputError in a line.
     """
     typed = parse(argv, Config)
@@ -155,8 +170,17 @@ def configure(argv):
     preset = dict(PRESETS[name])
     if name != "toy" and typed.get("init_from") == "scratch":
         preset |= PRESETS["scratch"]
-    cfg = check(Config(**(preset | typed)))
+    cfg = Config(**(preset | typed))
     cfg.out_dir = cfg.out_dir or f"out/{cfg.dataset}"
+    if cfg.resume and (checkpoint := read_checkpoint(Path(cfg.out_dir))):
+        saved = checkpoint["config"]
+        other = [f"{k} was {saved.get(k)}" for k in typed if k not in PLACES
+                 and typed[k] != saved.get(k)]
+        if other:
+            raise data.InputError(f"--resume: {cfg.out_dir} was begun with other options: "
+                                  f"{', '.join(other)}; leave them out, or use another --out_dir")
+        cfg = Config(**(saved | {k: getattr(cfg, k) for k in PLACES}))
+    check(cfg)
     for key in ("temperature", "sft_lr", "lr", "pretrain_lr"):
         if not getattr(cfg, key) > 0:
             raise data.InputError(f"--{key}={getattr(cfg, key)}: must be above 0")
@@ -220,7 +244,49 @@ def peak_memory(device):
     return kib / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
+# ---------------------------------------------------------------------- checkpoints
+
+def write_checkpoint(folder, content):
+    """folder/checkpoint.pt: a SHA-256 and a torch file. Written beside and renamed, after the one
+    before it was renamed to checkpoint.previous.pt: killed at any moment, a whole one is there.
+    """
+    body = io.BytesIO()
+    torch.save(content, body)
+    new, now, old = (folder / f"checkpoint{x}.pt" for x in (".new", "", ".previous"))
+    try:
+        with open(new, "wb") as f:
+            f.write(hashlib.sha256(body.getbuffer()).digest())
+            f.write(body.getbuffer())
+            f.flush()
+            os.fsync(f.fileno())
+        if now.exists():
+            os.replace(now, old)
+        os.replace(new, now)
+    except OSError as e:
+        new.unlink(missing_ok=True)
+        print(f"!! {now} could not be written ({e.strerror}); the one before it is whole",
+              flush=True)
+
+
+def read_checkpoint(folder):
+    """The latest whole checkpoint of a folder, or None. One that is damaged is named."""
+    for path in (folder / "checkpoint.pt", folder / "checkpoint.previous.pt"):
+        if path.exists():
+            raw = path.read_bytes()
+            if hashlib.sha256(raw[32:]).digest() == raw[:32]:
+                return torch.load(io.BytesIO(raw[32:]), map_location="cpu", weights_only=True)
+            print(f"!! {path} is damaged; going back to the one before it", flush=True)
+    return None
+
+
+class Stopped(Exception):
+    """Ctrl-C: the run has saved itself."""
+
+
 # ---------------------------------------------------------------------- the run
+
+COLLAPSE = 0.5      # under this share of SFT's coverage a policy is called collapsed
+
 
 class Policies:
     """The three policies by name, over one frozen base: policies("pretrained" | "sft" | "player")
@@ -241,7 +307,13 @@ class Policies:
 
 
 class Run:
-    """What the stages share: configuration, data, catalog, policies, the log. One instance a run.
+    """What the stages share: configuration, data, catalog, policies, the log, and `state`, which
+    says how far the run is. One instance a run.
+
+    Stages follow one another: "pretrain", "sft", "game". Everything drawn comes from generators
+    seeded by (seed, what for, which step or round), but dropout and the start of adapters, which
+    come from torch's own; so (state, weights, optimizer, torch's random state) is all that a
+    checkpoint holds, and a run that goes on from one ends as if it had never stopped.
     """
 
     def __init__(self, cfg):
@@ -252,29 +324,135 @@ class Run:
         self.multiple = 8 if on_gpu else 1                 # rows are padded to a multiple of it
         self.peak = matmul_peak(self.device, self.dtype)
         torch.manual_seed(cfg.seed)
-        self.rng = np.random.default_rng(cfg.seed)
         self.ds = ds = data.load_dataset(cfg.dataset, cfg.data_dir, cfg.group_by, cfg.holdout,
                                          cfg.max_users, cfg.seed)
         if cfg.topk >= len(ds.titles):
             raise data.InputError(f"--topk={cfg.topk}: the catalog has {len(ds.titles)} titles")
-        base, self.tokenizer, self.source = self.build()
+        self.base, self.tokenizer, self.source = self.build()
         self.catalog = data.Catalog(ds.titles, ds.header, self.tokenizer, cfg.history)
         self.catalog.trie.to(self.device)
-        base.to(self.device)
-        base.compute_dtype = self.dtype
-        self.base = base
-        self.out = Path(cfg.out_dir)
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.log_file = open(self.out / "log.jsonl", "w")
+        self.base.to(self.device)
+        self.base.compute_dtype = self.dtype
         self.cases = {split: spaced(ds.cases(split), cfg.eval_users)
                       for split in ("val", "test")}
         n = sum(map(len, ds.histories))
         print(f"{cfg.dataset}: {len(ds.users)} users, {len(ds.titles)} titles, {n} ratings, "
               f"{len(ds.groups)} groups by {cfg.group_by}; "
-              f"{np.mean([len(t) for t in self.catalog.tokens]):.1f} tokens a title, "
+              f"{self.catalog.lengths.mean():.1f} tokens a title, "
               f"{(self.catalog.trie.modes['trie'].step_node >= 0).sum(1).float().mean():.1f} of "
               f"them choices")
-        print(f"model: {describe(base)}, from {self.source}; tokens: {self.tokenizer.name}")
+        print(f"model: {describe(self.base)}, from {self.source}; tokens: {self.tokenizer.name}")
+        self.state = {"stage": "", "it": 0, "measured": {}, "looks": [], "best": None, "round": 1,
+                      "log_v": [0.0] * len(ds.groups), "played": None, "losses": [], "right": [],
+                      "skipped": 0, "minutes": 0.0}
+        self.open(Path(cfg.out_dir))
+
+    # ------------------------------------------------------------------ where it is, and going on
+
+    def open(self, out):
+        """Begin in the folder `out`, or go on from its checkpoint."""
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            checkpoint = read_checkpoint(out)
+            if checkpoint and not self.cfg.resume:
+                raise data.InputError(f"{out} holds an unfinished run: --resume goes on with it; "
+                                      f"or delete its checkpoint*.pt, or use another --out_dir")
+            self.log_file = open(out / "log.jsonl", "r+" if checkpoint else "w")
+        except OSError as e:
+            raise data.InputError(f"--out_dir={out}: {e.strerror}; choose another") from None
+        self.out, self.saved, self.stop = out, time.time(), False
+        if not checkpoint:
+            if self.cfg.resume:
+                print(f"nothing to go on with in {out}: starting from the beginning")
+            self.enter("pretrain")
+            return
+        for stage in ("pretrain", "sft", "game"):
+            self.enter(stage)
+            if stage == checkpoint["state"]["stage"]:
+                break
+        self.state = checkpoint["state"]
+        self.load_weights(checkpoint)
+        self.opt.load_state_dict(checkpoint["optimizer"])
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        torch.set_rng_state(checkpoint["rng"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+        self.log_file.truncate(min(checkpoint["log_size"], self.log_file.seek(0, os.SEEK_END)))
+        self.log_file.seek(0, os.SEEK_END)
+        self.start = time.time() - 60 * self.state["minutes"]
+        s = self.state
+        where = f"round {s['round']}, " if s["stage"] == "game" else ""
+        print(f"going on from {s['stage']}, {where}step {s['it']}, minute {s['minutes']:.1f}")
+
+    def weights(self):
+        """What this run has trained or drawn, to be saved: all weights from scratch, else the
+        adapters.
+        """
+        keep = lambda model: {k: v for k, v in model.state_dict().items()
+                              if self.cfg.init_from == "scratch" or "lora_" in k}
+        tuned = self.policies.tuned if self.state["stage"] != "pretrain" else self.base
+        return {"tuned": keep(tuned), "base": {} if tuned is self.base else keep(self.base)}
+
+    def load_weights(self, saved):
+        tuned = self.policies.tuned if self.state["stage"] != "pretrain" else self.base
+        for model, state in ((tuned, saved["tuned"]), (self.base, saved["base"])):
+            if unknown := model.load_state_dict(state, strict=False).unexpected_keys:
+                raise data.InputError(f"{self.out}: its weights do not fit: {unknown[0]}")
+
+    def save(self):
+        self.state["minutes"] = self.minutes()
+        cuda = {"cuda_rng": torch.cuda.get_rng_state()} if self.device.type == "cuda" else {}
+        write_checkpoint(self.out, self.weights() | cuda | {
+            "config": dataclasses.asdict(self.cfg), "state": self.state,
+            "optimizer": self.opt.state_dict(), "scaler": self.scaler.state_dict(),
+            "rng": torch.get_rng_state(), "log_size": self.log_file.tell()})
+        self.saved = time.time()
+
+    def breathe(self):
+        """Called wherever the state is whole: saves now and then, and stops if Ctrl-C was hit."""
+        if self.stop or time.time() - self.saved >= self.cfg.save_every:
+            self.save()
+        if self.stop:
+            raise Stopped
+
+    def steps(self, name, total):
+        """The steps of a stage that are still to be made, with a bar."""
+        self.bar = tqdm(range(self.state["it"], total), name, total=total, leave=False,
+                        initial=self.state["it"], disable=None)
+        for it in self.bar:
+            self.breathe()
+            yield it
+            self.state["it"] = it + 1
+
+    def enter(self, stage):
+        """Make ready for a stage: what is frozen, what trains, its optimizer."""
+        cfg = self.cfg
+        if stage == "pretrain":
+            params, lr = list(self.base.parameters()), cfg.pretrain_lr
+        elif stage == "sft":
+            self.policies = Policies(self.base.freeze(), cfg.sft_full)
+            tuned, lr = self.policies.tuned, cfg.sft_lr
+            if self.compile:
+                tuned.compile_blocks()
+            if cfg.sft_full:
+                params = [p.requires_grad_() for p in tuned.parameters()]
+                for p in params:
+                    p.data = p.data.float()
+            else:
+                tuned.add_adapter("sft", cfg.lora_rank)
+                params = tuned.adapter_parameters("sft")
+        else:
+            tuned, lr = self.policies.tuned.freeze(), cfg.lr
+            tuned.add_adapter("player", cfg.lora_rank, like=None if cfg.sft_full else "sft")
+            params = tuned.adapter_parameters("player")
+        self.state |= {"stage": stage, "it": 0}
+        self.params = params
+        # AdamW over float32 parameters (matrices decay, vectors do not), and the scaler that
+        # float16 needs
+        groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+                  {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+        self.opt = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def build(self):
         """-> (model in float32 on the CPU, tokenizer, where it came from)."""
@@ -303,10 +481,14 @@ class Run:
         except (OSError, ValueError) as e:
             raise data.InputError(f"init_from={cfg.init_from}: {str(e).splitlines()[0]}") from None
 
-    def batches(self):
-        """Endless batches of training windows."""
-        return data.training_batches(self.ds, self.cfg.sft_window, self.cfg.batch_size,
-                                     self.catalog.lengths, self.rng)
+    def batches(self, what, start):
+        """Endless batches of training windows, in the order of the number `what`, from the batch
+        `start` on.
+        """
+        rng = np.random.default_rng([self.cfg.seed, what])
+        return itertools.islice(data.training_batches(
+            self.ds, self.cfg.sft_window, self.cfg.batch_size, self.catalog.lengths, rng),
+            start, None)
 
     def width(self, rows):
         """How many prefixes `Search.top_k` runs at a time; 0: the whole catalog in one pass, which
@@ -320,50 +502,54 @@ class Run:
         return (time.time() - self.start) / 60
 
     def log(self, **line):
-        self.log_file.write(json.dumps(line | {"minutes": round(self.minutes(), 3)}) + "\n")
-        self.log_file.flush()
+        """A line of log.jsonl. A full disk costs the line, not the run."""
+        try:
+            self.log_file.write(json.dumps(line | {"minutes": round(self.minutes(), 3)}) + "\n")
+            self.log_file.flush()
+        except OSError as e:
+            print(f"!! {self.out}/log.jsonl: {e.strerror}; a line was lost", flush=True)
 
     # ----------------------------------------------------------- one optimizer step, one evaluation
 
-    def optimizer(self, params, lr):
-        """AdamW over float32 parameters (matrices decay, vectors do not), and the scaler that
-        float16 needs.
-        """
-        groups = [{"params": [p for p in params if p.dim() >= 2],
-                   "weight_decay": self.cfg.weight_decay},
-                  {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-        opt = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
-        return opt, torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-
-    def step(self, loss, params, opt, scaler):
+    def step(self, loss):
         """Backward, clip to norm 1, update -> the loss, a number. With float16 the scaler leaves a
-        step out when a gradient overflows.
+        step out when a gradient overflows; those are counted.
         """
-        scaler.scale(loss).backward()
-        scaler.unscale_(opt)
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        scaler.step(opt)
-        scaler.update()
-        opt.zero_grad(set_to_none=True)
+        scale = self.scaler.get_scale() if self.scaler.is_enabled() else 0
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.opt)
+        torch.nn.utils.clip_grad_norm_(self.params, 1.0)
+        self.scaler.step(self.opt)
+        self.scaler.update()
+        self.opt.zero_grad(set_to_none=True)
+        self.state["skipped"] += scale > 0 and self.scaler.get_scale() < scale
         value = loss.item()                # the one wait for the GPU in a step
         if not math.isfinite(value):
-            raise SystemExit(f"the loss is {value}: stopped (lower the learning rate)")
+            s = self.state
+            where = f"round {s['round']}, " if s["stage"] == "game" else ""
+            raise SystemExit(f"stopped: the loss is {value} in {s['stage']}, {where}step and batch "
+                             f"{s['it']}; the last checkpoint in {self.out} is from before it: "
+                             f"lower the learning rate and start anew")
         return value
 
     @torch.no_grad()
     def measure(self, policy, split, over="trie", stage=None, most=0):
         """Top-K lists and log-loss of a policy on the cases of a split -> metrics.report's dict,
-        with the lists. Logs a line. most: of so many users only, evenly spaced.
+        with the lists. Logs a line. most: of so many users only, evenly spaced. What a stage has
+        been measured at is kept: a second call returns it.
         """
-        cfg, t0 = self.cfg, time.time()
+        cfg, t0, stage = self.cfg, time.time(), stage or policy
+        if (key := f"{stage} {split} {over}") in self.state["measured"]:
+            return self.state["measured"][key]
         user, history, target = spaced(self.cases[split], most)
         model = self.policies(policy).eval()
         # like lengths together, the longest first
         size = [self.catalog.lengths[h[-cfg.history:]].sum() for h in history]
         order = np.argsort(size, kind="stable")[::-1]
         lists, log_loss, run = np.empty((len(user), cfg.topk), int), np.empty(len(user)), 0
-        for i in tqdm(range(0, len(order), cfg.eval_batch), f"{stage or policy} {split}",
-                      leave=False, disable=None):
+        for i in tqdm(range(0, len(order), cfg.eval_batch), f"{stage} {split}", leave=False,
+                      disable=None):
+            self.breathe()
             b = order[i:i + cfg.eval_batch]
             search = selfplay.Search(model, self.catalog.trie,
                                      self.catalog.prompts([history[n] for n in b], self.device),
@@ -378,16 +564,25 @@ class Run:
         row = metrics.report(self.ds.credit, user, [h[-cfg.history:] for h in history], lists,
                              target, log_loss)
         k = cfg.topk
-        self.log(event="eval", stage=stage or policy, split=split, over=over, prefixes=run
-                 / len(user), seconds=time.time() - t0,
+        self.log(event="eval", stage=stage, split=split, over=over, prefixes=run / len(user),
+                 seconds=time.time() - t0,
                  **{m: row[m] for m in row if m not in ("ci", "E", "E_star")})
-        print(f"[{self.minutes():5.1f} min] {stage or policy:>14} {split:4} {over:5} HR@{k} "
+        print(f"[{self.minutes():5.1f} min] {stage:>14} {split:4} {over:5} HR@{k} "
               f"{row[f'HR@{k}']:.4f}  NDCG@{k} {row[f'NDCG@{k}']:.4f}  "
               f"MGU@{k} {row[f'MGU@{k}']:.4f}  DGU@{k} {row[f'DGU@{k}']:.4f}  log-loss "
               f"{row['log_loss']:.3f}  coverage {row['coverage']:.3f}  "
               f"({run / len(user):.0f} prefixes a user, {time.time() - t0:.0f} s)", flush=True)
-        return row | {"stage": stage or policy, "over": over, "lists": lists,
-                      "minutes": round(self.minutes(), 2)}
+        row |= {"stage": stage, "split": split, "over": over, "lists": lists.tolist(),
+                "minutes": round(self.minutes(), 2), "collapsed": False}
+        sft = self.state["measured"].get(f"sft {split} {over}")
+        if sft and row["coverage"] < COLLAPSE * sft["coverage"]:
+            row["collapsed"] = True
+            self.log(event="collapsed", stage=stage, coverage=row["coverage"])
+            print(f"!! COLLAPSED: the lists of {stage} cover {row['coverage']:.3f} of the catalog, "
+                  f"under {COLLAPSE:.0%} of SFT's {sft['coverage']:.3f}", flush=True)
+        # plain numbers and lists, as NumPy's own would have to be unpickled
+        self.state["measured"][key] = json.loads(json.dumps(row))
+        return self.state["measured"][key]
 
     # ------------------------------------------------------------------ the stages
 
@@ -397,135 +592,138 @@ class Run:
         histories did not give it.
         """
         cfg, model = self.cfg, self.base
+        if cfg.init_from != "scratch" or cfg.tokens != "text":
+            return
         docs = [torch.tensor(list(self.tokenizer.prefix) + self.tokenizer.encode(t))
                 for t in self.ds.corpus]
-        params = list(model.parameters())
-        opt, scaler = self.optimizer(params, cfg.pretrain_lr)
-        model.train()
-        bar = tqdm(range(cfg.pretrain_iters), "pretrain", disable=None, leave=False)
-        for it in bar:
-            set_lr(opt, cfg.pretrain_lr, it, cfg.pretrain_iters)
-            batch = [docs[k] for k in self.rng.integers(len(docs), size=2 * cfg.batch_size)]
+        for it in self.steps("pretrain", cfg.pretrain_iters):
+            set_lr(self.opt, cfg.pretrain_lr, it, cfg.pretrain_iters)
+            rng = np.random.default_rng([cfg.seed, 0, it])
+            batch = [docs[k] for k in rng.integers(len(docs), size=2 * cfg.batch_size)]
             length = torch.tensor([len(d) for d in batch], device=self.device)
             tokens = data.pad(batch, self.multiple).to(self.device)
-            logits = model.logits(model(tokens[:, :-1]))
+            logits = model.train().logits(model(tokens[:, :-1]))
             real = torch.arange(1, tokens.shape[1], device=self.device) < length[:, None]
-            loss = self.step(torch.nn.functional.cross_entropy(logits[real], tokens[:, 1:][real]),
-                             params, opt, scaler)
+            loss = self.step(torch.nn.functional.cross_entropy(logits[real], tokens[:, 1:][real]))
             if it % 20 == 0:
-                bar.set_postfix(loss=f"{loss:.3f}")
+                self.bar.set_postfix(loss=f"{loss:.3f}")
                 self.log(event="pretrain", it=it, loss=loss)
+
+    def look(self, it):
+        """SFT's validation NDCG after `it` steps, its weights kept if it is the best -> whether
+        the last `patience` looks brought nothing better.
+        """
+        s, tuned = self.state, self.policies.tuned
+        if all(at != it for at, _ in s["looks"]):
+            row = self.measure("sft", "val", stage=f"sft {it}")
+            score = row[f"NDCG@{self.cfg.topk}"]
+            if score > max([x for _, x in s["looks"]], default=-1):
+                s["best"] = (copy.deepcopy(tuned.state_dict()) if self.cfg.sft_full
+                             else tuned.adapter_state("sft"))
+            s["looks"].append([it, score])
+        scores = [x for _, x in s["looks"]]
+        since = len(scores) - 1 - int(np.argmax(scores))
+        return 0 < self.cfg.patience <= since
 
     def sft(self):
         """Maximise (1) on windows of the histories, every title but a window's first; keep the
         weights of the best validation NDCG.
         """
-        cfg, policies, k = self.cfg, self.policies, f"NDCG@{self.cfg.topk}"
-        if cfg.sft_full:
-            params = [p.requires_grad_() for p in policies.tuned.parameters()]
-            for p in params:
-                p.data = p.data.float()
-            save = lambda: copy.deepcopy(policies.tuned.state_dict())
-            restore = policies.tuned.load_state_dict
-        else:
-            policies.tuned.add_adapter("sft", cfg.lora_rank)
-            params = policies.tuned.adapter_parameters("sft")
-            save = lambda: policies.tuned.adapter_state("sft")
-            restore = lambda state: policies.tuned.load_adapter("sft", state)
-        opt, scaler = self.optimizer(params, cfg.sft_lr)
-        batches = self.batches()
-        best, best_state, since = -1.0, save(), 0
-        speed = Speed(self)
-        bar = tqdm(range(cfg.sft_iters), "sft", disable=None, leave=False)
-        for it in bar:
+        cfg, policies, speed = self.cfg, self.policies, Speed(self)
+        batches = self.batches(1, self.state["it"])
+        for it in self.steps("sft", cfg.sft_iters):
+            if it and it % cfg.eval_every == 0 and self.look(it):
+                print(f"no better validation NDCG in {cfg.patience} looks: SFT stops at step {it}")
+                break
             speed.begin()
-            set_lr(opt, cfg.sft_lr, it, cfg.sft_iters)
-            model = policies("sft").train()
-            windows = next(batches)
+            set_lr(self.opt, cfg.sft_lr, it, cfg.sft_iters)
+            model, windows = policies("sft").train(), next(batches)
             tokens, at, node, child, n = self.catalog.window_batch(windows, self.device,
                                                                    self.multiple)
             hidden = model(tokens).flatten(0, 1)[at]
             # nats a title
             loss = -selfplay.step_log_prob(model, self.catalog.trie, hidden, node, child).sum() / n
-            loss = self.step(loss, params, opt, scaler)
+            loss = self.step(loss)
             speed.end(policies.tuned, windows, len(at))
             if it % 10 == 0:
-                bar.set_postfix(log_loss=f"{loss:.3f}", best=f"{best:.4f}")
+                self.bar.set_postfix(log_loss=f"{loss:.3f}")
                 self.log(event="sft", it=it, loss=loss)
-            if (it + 1) % cfg.eval_every == 0 or it + 1 == cfg.sft_iters:
-                score = self.measure("sft", "val", stage=f"sft {it + 1}")[k]
-                if score > best:
-                    best, best_state, since = score, save(), 0
-                else:
-                    since += 1
-                if cfg.patience and since >= cfg.patience:
-                    print(f"no better validation {k} in {since} looks: SFT stops at step {it + 1}")
-                    break
-        restore(best_state)
-        policies.tuned.freeze()
+        else:
+            self.look(cfg.sft_iters)
+        if cfg.sft_full:
+            policies.tuned.load_state_dict(self.state["best"])
+        else:
+            policies.tuned.load_adapter("sft", self.state["best"])
+        self.state["best"] = None
         print(f"[{self.minutes():5.1f} min] SFT: {speed.report()}")
 
-    def correct(self, windows, places, items, logq_t, logq_sft, weights, optimizer):
-        """A round's corrector steps: minimise (9) on what `selfplay.play` made. -> mean loss and
-        judger's accuracy.
+    def judge(self, t, E_pre):
+        """Round t's verdict on the groups: the controller (7) on the validation lists of the player
+        as it stands -> what is to be logged of it, log v (G,) among it.
         """
-        cfg, losses, right = self.cfg, [], []
-        opt, scaler = optimizer
-        params = self.policies.tuned.adapter_parameters("player")
-        bar = tqdm(range(0, len(items), cfg.batch_size), "correct", disable=None, leave=False)
-        for it, i in enumerate(bar):
-            b = slice(i, i + cfg.batch_size)
-            model = self.policies("player").eval()   # no dropout: f = 0 at the start
+        val = self.state["measured"][f"{f'ufo-{t - 1}' if t > 1 else 'sft'} val trie"]
+        E_star, E_t = np.array(val["E_star"]), np.array(val["E"])
+        log_v = judger.control(np.array(self.state["log_v"]), E_star, E_t, self.cfg.gamma)
+        from_pretraining, from_tuning = judger.verdict_parts(E_star, E_pre, E_t)
+        g = int(log_v.argmax())
+        print(f"round {t}: judge: log v from {log_v.min():+.2f} to {log_v.max():+.2f}, most "
+              f"for {self.ds.groups[g]} ({log_v[g]:+.2f}; starved by {from_pretraining[g]:+.2f} "
+              f"from pretraining, {from_tuning[g]:+.2f} since)")
+        return {"log_v": log_v.tolist(), "from_pretraining": from_pretraining.tolist(),
+                "from_tuning": from_tuning.tolist()}
+
+    def play(self, t, windows, places):
+        """Round t's made-up items with what the loss needs of them: see `selfplay.play`."""
+        cfg = self.cfg
+        self.policies.tuned.eval()
+
+        def bar(loop):
+            for x in tqdm(loop, "play", disable=None, leave=False):
+                self.breathe()
+                yield x
+        generator = torch.Generator(self.device).manual_seed(1000 * cfg.seed + t)
+        return selfplay.play(self.policies, self.catalog, windows, places, cfg.num_negatives,
+                             cfg.temperature, max(1, cfg.eval_batch // cfg.branches), cfg.alpha,
+                             bar, generator)
+
+    def correct(self, windows, places, weights):
+        """A round's corrector steps: minimise (9) on what was played."""
+        cfg, s = self.cfg, self.state
+        items, logq_t, logq_sft = s["played"]
+        for it in self.steps("correct", cfg.round_iters):
+            b = slice(it * cfg.batch_size, (it + 1) * cfg.batch_size)
+            model = self.policies("player").eval()          # no dropout: f = 0 at the start
             prompt = self.catalog.branches(windows[b], places[b], self.device, self.multiple)
             logq = selfplay.log_q(model, self.catalog.trie, prompt, items[b])      # (B, A, 1 + S)
             f = judger.score(logq, logq_t[b], logq_sft[b], cfg.lam, cfg.alpha).flatten(0, 1)
-            losses.append(self.step(corrector.loss(f, weights[items[b, :, 0]].flatten()), params,
-                                    opt, scaler))
-            right.append(judger.accuracy(f.detach()))
+            loss = self.step(corrector.loss(f, weights[items[b, :, 0]].flatten()))
+            right = judger.accuracy(f.detach())
+            s["losses"].append(loss), s["right"].append(right)
             if it % 10 == 0:
-                bar.set_postfix(loss=f"{losses[-1]:.3f}", judger=f"{np.mean(right[-20:]):.3f}")
-                self.log(event="correct", it=it, loss=losses[-1], judger_accuracy=right[-1])
-        return np.mean(losses), np.mean(right)
+                self.bar.set_postfix(loss=f"{loss:.3f}", judger=f"{np.mean(s['right']):.3f}")
+                self.log(event="correct", it=it, loss=loss, judger_accuracy=right)
 
-    def play_rounds(self, E_pre):
-        """The game: judge the groups (7) -> play -> correct (9) -> measure, `rounds` times. Yields
-        a test row a round.
-        """
-        cfg, ds = self.cfg, self.ds
-        tuned = self.policies.tuned
-        tuned.add_adapter("player", cfg.lora_rank, like=None if cfg.sft_full else "sft")
-        optimizer = self.optimizer(tuned.adapter_parameters("player"), cfg.lr)
-        set_lr(optimizer[0], cfg.lr, 1, 0)
-        generator = torch.Generator(self.device).manual_seed(cfg.seed)
-        batches = self.batches()
-        log_v, val = np.zeros(len(ds.groups)), self.measure("sft", "val")
-        for t in range(1, cfg.rounds + 1):
-            E_star, E_t = np.array(val["E_star"]), np.array(val["E"])
-            log_v = judger.control(log_v, E_star, E_t, cfg.gamma)
-            from_pretraining, from_tuning = judger.verdict_parts(E_star, E_pre, E_t)
-            g = int(log_v.argmax())
-            print(f"round {t}: judge: log v from {log_v.min():+.2f} to {log_v.max():+.2f}, most "
-                  f"for {ds.groups[g]} ({log_v[g]:+.2f}; "
-                  f"starved by {from_pretraining[g]:+.2f} from pretraining, "
-                  f"{from_tuning[g]:+.2f} since)")
-            windows = [w for _ in range(cfg.round_iters) for w in next(batches)]
-            places = data.draw_places(windows, cfg.branches, self.rng)
-            tuned.eval()
-            bar = lambda loop: tqdm(loop, "play", disable=None, leave=False)
-            played = selfplay.play(self.policies, self.catalog, windows, places, cfg.num_negatives,
-                                   cfg.temperature,
-                                   max(1, cfg.eval_batch // cfg.branches), cfg.alpha, bar,
-                                   generator)
-            weights = torch.as_tensor(judger.item_weights(ds.credit, log_v), dtype=torch.float32,
-                                      device=self.device)
-            loss, right = self.correct(windows, places, *played, weights, optimizer)
-            self.log(event="round", round=t, log_v=log_v.tolist(),
-                     from_pretraining=from_pretraining.tolist(), from_tuning=from_tuning.tolist(),
-                     loss=loss, judger_accuracy=right)
-            print(f"round {t}: play and correct: loss {loss:.3f} (log(1 + S) = "
-                  f"{math.log(1 + cfg.num_negatives):.3f}), judger right on {right:.3f} of pairs")
-            val = self.measure("player", "val", stage=f"ufo-{t}")
-            yield self.measure("player", "test", stage=f"ufo-{t}")
+    def round(self, t, E_pre):
+        """Round t of the game: judge the groups (7) -> play -> correct (9) -> measure."""
+        cfg, s, n = self.cfg, self.state, self.cfg.round_iters
+        windows = [w for b in itertools.islice(self.batches(2, n * (t - 1)), n) for w in b]
+        places = data.draw_places(windows, cfg.branches, np.random.default_rng([cfg.seed, 3, t]))
+        if s["played"] is None:
+            verdict = self.judge(t, E_pre)
+            played = self.play(t, windows, places)
+            self.log(event="judge", round=t, **verdict)
+            s |= {"log_v": verdict["log_v"], "played": played, "losses": [], "right": [], "it": 0}
+        s["played"] = tuple(x.to(self.device) for x in s["played"])
+        weights = torch.as_tensor(judger.item_weights(self.ds.credit, np.array(s["log_v"])),
+                                  dtype=torch.float32, device=self.device)
+        self.correct(windows, places, weights)
+        loss, right = np.mean(s["losses"]), np.mean(s["right"])
+        self.log(event="round", round=t, loss=loss, judger_accuracy=right)
+        print(f"round {t}: play and correct: loss {loss:.3f} (log(1 + S) = "
+              f"{math.log(1 + cfg.num_negatives):.3f}), judger right on {right:.3f} of pairs")
+        for split in ("val", "test"):
+            self.measure("player", split, stage=f"ufo-{t}")
+        s |= {"round": t + 1, "played": None, "it": 0}
 
     def yardsticks(self):
         """What needs no language model: the uniform distribution, and popularity in the training
@@ -665,54 +863,76 @@ def example_lists(run, sft, last, n=3):
                                                for i in row["lists"][case][:5]))
 
 
-def compiled_graphs(run):
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if run.compile else 0
-
-
 def versions(run):
     import importlib.metadata as meta
     found = {p: meta.version(p) for p in ("torch", "transformers", "tiktoken", "numpy")}
     card = torch.cuda.get_device_name() if run.device.type == "cuda" else platform.machine()
-    return found | {"python": platform.python_version(), "compiled_graphs": compiled_graphs(run), "base": run.source, "data": run.ds.source,
+    return found | {"python": platform.python_version(),  "base": run.source, "data": run.ds.source,
                     "device": f"{run.device.type} {card}", "dtype": str(run.dtype)[6:]}
+
+
+def finish(run):
+    """The reports, results.json and model.pt; the checkpoints go."""
+    cfg, k = run.cfg, f"MGU@{run.cfg.topk}"
+    rows = [row for row in run.state["measured"].values() if row["split"] == "test"]
+    pre, sft, last = rows[0], run.measure("sft", "test"), rows[-1]
+    yardsticks = run.yardsticks()
+    origins = origin_report(run, pre, sft, last)
+    example_lists(run, sft, last)
+    results_table(rows, yardsticks, cfg.topk)
+    kept = {key: v for key, v in dataclasses.asdict(cfg).items() if key not in PLACES}
+    plain = [{key: v for key, v in row.items() if key not in ("lists", "minutes")} for row in rows]
+    results = {"config": kept, "versions": versions(run), "origins": origins,
+               "yardsticks": yardsticks, "rows": plain, "skipped_steps": run.state["skipped"]}
+    try:
+        torch.save({"config": dataclasses.asdict(cfg)} | run.weights(), run.out / "model.pt")
+        (run.out / "results.json.new").write_text(json.dumps(results, indent=1))
+        os.replace(run.out / "results.json.new", run.out / "results.json")
+    except OSError as e:
+        run.save()
+        raise data.InputError(f"{run.out}: {e.strerror}; make room there and --resume") from None
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] if run.compile else 0
+    memory = peak_memory(run.device)
+    run.log(event="done", compiled_graphs=graphs, peak_memory_gib=memory)
+    for path in run.out.glob("checkpoint*.pt"):
+        path.unlink()
+    print(f"{k}: {last[k] / sft[k] - 1:+.0%} against SFT; {run.minutes():.1f} minutes in all, at "
+          f"most {memory:.1f} GiB, {graphs} compiled graphs, {run.state['skipped']} steps left out "
+          f"for overflow; results in {run.out}/results.json")
 
 
 def main(cfg):
     print(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(cfg).items()))
+    if cfg.resume and not any(Path(cfg.out_dir).glob("checkpoint*.pt")) \
+            and (Path(cfg.out_dir) / "results.json").exists():
+        return print(f"{cfg.out_dir} is finished: see its results.json")
     run = Run(cfg)
-    if cfg.init_from == "scratch" and cfg.pretrain_iters and cfg.tokens == "text":
-        run.pretrain()
-    run.base.freeze()
-    run.policies = Policies(run.base, cfg.sft_full)
-    if run.compile:
-        run.policies.tuned.compile_blocks()
 
-    pre = run.measure("pretrained", "test")
-    # over the vocabulary no token is forced, which is slow: 200 users are enough
-    rows = [pre, run.measure("pretrained", "test", over="vocab", stage="pretrained-vocab",
-                             most=200)]
-    E_pre = np.array(run.measure("pretrained", "val")["E"])
-    run.sft()
-    sft = run.measure("sft", "test")
-    rows.append(sft)
-    for row in run.play_rounds(E_pre):
-        rows.append(row)
-
-    last, yardsticks = rows[-1], run.yardsticks()
-    origins = origin_report(run, pre, sft, last)
-    example_lists(run, sft, last)
-    results_table(rows, yardsticks, cfg.topk)
-    k = f"MGU@{cfg.topk}"
-    print(f"{k}: {last[k] / sft[k] - 1:+.0%} against SFT; {run.minutes():.1f} minutes in all, at "
-          f"most {peak_memory(run.device):.1f} GiB, {compiled_graphs(run)} compiled graphs; results in {run.out}/results.json")
-    plain = [{key: v for key, v in row.items() if key != "lists"} for row in rows]
-    with open(run.out / "results.json", "w") as f:
-        json.dump({"config": dataclasses.asdict(cfg), "versions": versions(run), "origins": origins,
-                   "yardsticks": yardsticks, "rows": plain}, f, indent=1)
-    tuned = run.policies.tuned.state_dict()
-    if cfg.init_from != "scratch":                                     # the base is elsewhere
-        tuned = {k: v for k, v in tuned.items() if "lora_" in k}
-    torch.save({"config": dataclasses.asdict(cfg), "tuned": tuned}, run.out / "model.pt")
+    def ask_to_stop(*_):
+        run.stop = True
+        signal.signal(signal.SIGINT, before)                # a second Ctrl-C stops at once
+    before = signal.signal(signal.SIGINT, ask_to_stop)
+    try:
+        if run.state["stage"] == "pretrain":
+            run.pretrain()
+            run.enter("sft")
+        run.measure("pretrained", "test")
+        # over the vocabulary no token is forced, which is slow: 200 users are enough
+        run.measure("pretrained", "test", over="vocab", stage="pretrained-vocab", most=200)
+        E_pre = np.array(run.measure("pretrained", "val")["E"])
+        if run.state["stage"] == "sft":
+            run.sft()
+            run.enter("game")
+        run.measure("sft", "test")
+        run.measure("sft", "val")
+        while run.state["round"] <= cfg.rounds:
+            run.round(run.state["round"], E_pre)
+        finish(run)
+    except Stopped:
+        print(f"\nstopped and saved; to go on: python train.py --resume --out_dir={cfg.out_dir}")
+        sys.exit(130)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":
@@ -721,3 +941,9 @@ if __name__ == "__main__":
     except data.InputError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError as e:
+        print(f"error: {str(e).splitlines()[0]} Start anew with a lower --batch_size (training) or "
+              f"--eval_batch (search and play)", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
