@@ -7,8 +7,10 @@ written: the tokens of every title, and the trie that those token lists form. `C
 the one prompt format; training, sampling and evaluation all use it.
 """
 
+import csv
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -31,6 +33,9 @@ class InputError(Exception):
     """Something the user gave or lacks; the message is one line: what, where, what to do. train.py
     exits with 2.
     """
+
+    def __init__(self, message):
+        super().__init__(" ".join(str(message).split()))
 
 
 # ---------------------------------------------------- sources (METHOD: sources of data and weights)
@@ -215,39 +220,42 @@ def split_year(title):
     return (m[1], m[2]) if m else (title.strip(), None)
 
 
-def read_ratings(path, sep, encoding, known, skip=0):
-    """Rows user, item, rating, time -> three lists. Ratings of unknown items are counted and said,
-    not kept.
+def number_in(text, path, line):
+    """A finite number, or InputError."""
+    try:
+        if math.isfinite(value := float(text)):
+            return value
+    except ValueError:
+        pass
+    raise InputError(f"{path}:{line}: the time {text!r} is not a number")
+
+
+def read_ratings(lines, path, known, user=0, item=1, when=3):
+    """Lines (number, fields) -> users, items, times, three lists. Ids are names: any text will do.
+    Ratings of unknown items are counted and said, not kept. user, item, when: which fields.
     """
     users, rated, times, unknown = [], [], [], 0
-    for number, f in rows(path, sep, encoding, 4):
-        if number <= skip:
-            continue
-        try:
-            time = float(f[3])
-        except ValueError:
-            raise InputError(f"{path}:{number}: the time {f[3]!r} is not a number") from None
-        if f[1] not in known:
+    for number, f in lines:
+        if f[item] not in known:
             unknown += 1
             continue
-        users.append(f[0]), rated.append(f[1]), times.append(time)
+        users.append(f[user]), rated.append(f[item]), times.append(number_in(f[when], path, number))
     if unknown:
         print(f"! {path}: {unknown} ratings of items that the item file lacks were left out")
     if not users:
-        raise InputError(f"{path}: no ratings in it")
+        raise InputError(f"{path}: no ratings in it{' of known items' if unknown else ''}")
     return users, rated, times
 
 
 def read_movielens(folder):
-    """Parse ML-1M (.dat), ML-100K (u.data, u.item) or RecBole's ml-100k (.inter, .item), whichever
-    folder holds.
-    """
+    """Parse ML-1M (.dat), ML-100K (u.data, u.item) or RecBole's copy, whichever folder holds."""
     folder, items = Path(folder), {}
     # id::Title (Year)::Genre|Genre
     if (folder / "movies.dat").exists():
         for _, f in rows(folder / "movies.dat", "::", "latin-1", 3):
             items[f[0]] = (*split_year("::".join(f[1:-1])), f[-1].split("|"))
-        return Raw(items, *read_ratings(folder / "ratings.dat", "::", "latin-1", items))
+        path = folder / "ratings.dat"
+        return Raw(items, *read_ratings(rows(path, "::", "latin-1", 4), path, items))
     # id|Title (Year)|date|video date|url|19 flags
     if (folder / "u.item").exists():
         genres = ["unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime",
@@ -256,13 +264,64 @@ def read_movielens(folder):
                   "Thriller", "War", "Western"]
         for _, f in rows(folder / "u.item", "|", "latin-1", 24):
             items[f[0]] = (*split_year(f[1]), [g for g, flag in zip(genres, f[5:]) if flag == "1"])
-        return Raw(items, *read_ratings(folder / "u.data", "\t", "latin-1", items))
-    # id, title, year, genres separated by blanks
-    for number, f in rows(folder / "ml-100k.item", "\t", "utf-8", 4):
-        if number > 1:
-            title, year = split_year(f[1])
-            items[f[0]] = (title, year or (f[2] if f[2].isdigit() else None), f[3].split())
-    return Raw(items, *read_ratings(folder / "ml-100k.inter", "\t", "utf-8", items, skip=1))
+        path = folder / "u.data"
+        return Raw(items, *read_ratings(rows(path, "\t", "latin-1", 4), path, items))
+    return read_folder(folder)
+
+
+def table(path, sep, *columns):
+    """Yield (line number, values) of a file with a header line (RecBole's ':type' after a name is
+    dropped). columns: the names that each wanted column may have; one ending in "?" may be missing
+    and is then "". InputError where a column or a field is missing.
+    """
+    quoting = csv.QUOTE_MINIMAL if sep == "," else csv.QUOTE_NONE
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            reader = csv.reader(f, delimiter=sep, quoting=quoting, strict=True)
+            head, at = [h.split(":")[0].strip() for h in next(reader, [])], []
+            for names in columns:
+                found = [head.index(n.rstrip("?")) for n in names if n.rstrip("?") in head]
+                if not found and not names[-1].endswith("?"):
+                    raise InputError(f"{path}:1: no column {' or '.join(names)} in its header; it "
+                                     f"has {', '.join(head) or 'none'}")
+                at.append(found[0] if found else None)
+            for fields in reader:
+                if fields:
+                    if len(fields) <= max(k for k in at if k is not None):
+                        raise InputError(f"{path}:{reader.line_num}: {len(fields)} fields where "
+                                         f"the header has {len(head)}")
+                    yield reader.line_num, ["" if k is None else fields[k] for k in at]
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: not utf-8 text ({e.reason} at byte {e.start})") from None
+    except csv.Error as e:
+        raise InputError(f"{path}: {e}") from None
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror}") from None
+
+
+def read_folder(folder):
+    """A data set of one's own: items.csv (item_id,title,groups; groups separated by |) and
+    interactions.csv (user_id,item_id,timestamp), or RecBole's atomic .item and .inter files
+    (separated by tabs, groups by blanks).
+    """
+    folder = Path(folder)
+    if (folder / "items.csv").exists():
+        item_file, rating_file, sep, between = "items.csv", "interactions.csv", ",", "|"
+    else:
+        found = [sorted(folder.glob(f"*.{x}")) for x in ("item", "inter")]
+        if [len(f) for f in found] != [1, 1]:
+            raise InputError(f"{folder}: neither items.csv and interactions.csv nor one .item and "
+                             f"one .inter file are in it")
+        (item_file, rating_file), sep, between = (f[0].name for f in found), "\t", " "
+    items = {}
+    for _, (i, title, groups, year) in table(
+            folder / item_file, sep, ("item_id",), ("title", "movie_title", "name"),
+            ("groups", "genres", "genre", "class", "categories"), ("release_year", "year?")):
+        title, own = split_year(title)
+        groups = [g.strip() for g in groups.split(between) if g.strip()]
+        items[i] = (title, own or (year if year.isdigit() else None), groups)
+    lines = table(folder / rating_file, sep, ("user_id",), ("item_id",), ("timestamp", "time"))
+    return Raw(items, *read_ratings(lines, folder / rating_file, items, when=2))
 
 
 ARTICLES = "The|A|An|La|Le|Les|L'|Il|Lo|El|Los|Las|Das|Der|Die|Det|Den|De|Un|Une|I|O|Os"
@@ -367,23 +426,36 @@ def popularity_groups(ds):
     """Replace the groups by popularity quintiles: five bands of equally many items, by training
     counts (one-hot).
     """
+    if len(ds.titles) < 5:
+        raise InputError(f"popularity groups need at least 5 titles; there are {len(ds.titles)}")
     order = np.argsort(-ds.train_counts(), kind="stable")
     band = np.empty(len(ds.titles), int)
     band[order] = np.arange(len(order)) * 5 // len(order)
     ds.groups, ds.credit = ["top 20%", "20-40%", "40-60%", "60-80%", "last 20%"], np.eye(5)[band]
 
 
-def load_dataset(name, data_dir="data", group_by="genre", holdout=1, max_users=0, seed=0):
-    """'toy' | 'ml100k' | 'ml1m' -> Dataset."""
+def load_dataset(name, data_dir="data", group_by="genre", holdout=1, max_users=0, seed=0,
+                 header=""):
+    """'toy' | 'ml100k' | 'ml1m' | a folder (see `read_folder`) -> Dataset. header: the first line
+    of every document, if not the data set's own.
+    """
     if name == "toy":
         ds = toy_world(seed, holdout, max_users or 900)
-    else:
+    elif name in ("ml100k", "ml1m"):
         folder = fetch_movielens({"ml100k": "ml-100k", "ml1m": "ml-1m"}[name], data_dir)
         ds = prepare(read_movielens(folder), "Movies watched, oldest first:\n", "movie", holdout,
                      max_users)
         ds.source = str(folder)
+    else:
+        ds = prepare(read_folder(name), "Items chosen, oldest first:\n", "title", holdout,
+                     max_users)
+        ds.source = str(name)
+    ds.header = header.strip() + "\n" if header.strip() else ds.header
     if group_by == "popularity":
         popularity_groups(ds)
+    if len(ds.groups) < 2:
+        raise InputError(f"{name}: every item is in the group {ds.groups[0]!r}: nothing to be fair "
+                         f"between")
     return ds
 
 
@@ -585,6 +657,11 @@ def model_tokenizer(folder, gguf_file, texts):
     hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False,
                                        **({} if gguf_file is None else {"gguf_file": gguf_file}))
     original = lambda text: hf.encode(text, add_special_tokens=False)
+    same = lambda text: hf.decode(original(text), clean_up_tokenization_spaces=False).strip()
+    lossy = next((t for t in texts if same(t) != t.strip()), None)
+    if lossy is not None:
+        raise InputError(f"the tokenizer of {folder} does not give {lossy!r} back: titles would run "
+                         f"together; use another model")
     prefix = tuple(hf.encode(""))
     try:
         enc, ids = tiktoken_from(hf)

@@ -716,13 +716,131 @@ def test_no_network_and_no_fallback_says_which_file(tmp_path, monkeypatch):
         data.fetch_movielens("ml-1m", tmp_path)
 
 
-@pytest.mark.parametrize("line, why", [("1::2::3\n", "3 fields"),
-                                       ("1::1::5::soon\n", "not a number"), ("", "no ratings")])
+@pytest.mark.parametrize("line, why", [("1::2::3\n", "ratings.dat:1: 3 fields"), ("", "no ratings"),
+                                       ("1::1::5::soon\n", "ratings.dat:1: .*not a number"),
+                                       ("1::1::5::nan\n", "not a number"),
+                                       ("1::999::5::10\n", "no ratings in it of known items")])
 def test_bad_ratings_are_named_by_line(tmp_path, line, why):
     folder = ml1m(tmp_path / "ml-1m")
     (folder / "ratings.dat").write_text(line)
     with pytest.raises(data.InputError, match=why):
         data.read_movielens(folder)
+
+
+def own_folder(folder, items=None, interactions=None):
+    """A data set of one's own: nine books, six readers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    (folder / "items.csv").write_text(items if items is not None else "item_id,title,groups\n"
+        + "".join(f'b{k},"The {w}, Vol. {k}",{g}\n' for k, (w, g) in enumerate(zip(
+            "Sea Sun Hill Town Road Lake Moon Star Tree".split(),
+            "poetry poetry novel novel novel essay essay poetry|essay novel|essay".split()))))
+    (folder / "interactions.csv").write_text(interactions if interactions is not None else
+        "user_id,item_id,timestamp\n" + "".join(f"ann{u},b{i},{t}\n" for u in range(6)
+                                                for t, i in enumerate(rng.permutation(9)[:7])))
+    return folder
+
+
+def test_own_data_as_csv_or_recbole_files(tmp_path):
+    a = data.load_dataset(str(own_folder(tmp_path / "csv")), header="Books read:")
+    assert a.header == "Books read:\n" and a.groups == ["essay", "novel", "poetry"]
+    assert len(a.titles) == 9 and "The Sea, Vol. 0" in a.titles and len(a.users) == 6
+    assert a.credit[a.titles.index("The Star, Vol. 7")].tolist() == [0.5, 0, 0.5]
+    folder = tmp_path / "recbole"
+    folder.mkdir()
+    convert = lambda name: (tmp_path / "csv" / name).read_text().replace("|", " ")
+    items = [line.replace('"', "").rsplit(",", 1) for line in convert("items.csv").splitlines()[1:]]
+    (folder / "books.item").write_text("item_id:token\ttitle:token_seq\tgenre:token_seq\n" + "".join(
+        f"{left.split(',', 1)[0]}\t{left.split(',', 1)[1]}\t{g}\n" for left, g in items))
+    (folder / "books.inter").write_text(convert("interactions.csv").replace(",", "\t").replace(
+        "user_id\titem_id\ttimestamp", "user_id:token\titem_id:token\ttimestamp:float"))
+    b = data.load_dataset(str(folder))
+    assert a.titles == b.titles and (a.credit == b.credit).all()
+    assert all((x == y).all() for x, y in zip(a.histories, b.histories))
+
+
+ITEMS, CLICKS = "item_id,title,groups\n", "user_id,item_id,timestamp\n"
+
+
+@pytest.mark.parametrize("items, interactions, why", [
+    ("id,title\n", None, "items.csv:1: no column item_id"),
+    (ITEMS + "b0\n", None, "items.csv:2: 1 fields where the header has 3"),
+    ("", None, "it has none"),
+    (ITEMS + 'b0,"Sea,x\n', None, "items.csv: "),
+    (ITEMS, None, "no ratings in it of known items"),
+    (ITEMS + "b0, ,x\nb1,Sea,y\n", None, "item b0 has no title"),
+    (None, CLICKS, "interactions.csv: no ratings"),
+    (None, CLICKS + "ann,b0,noon\n", "interactions.csv:2: the time 'noon'"),
+    (None, CLICKS + "ann,b0,1\nann,b1,2\n", "no user has the 5 items"),
+    (ITEMS + "".join(f"b{k},Book {k},x\n" for k in range(9)), None, "every item is in the group"),
+    (ITEMS + "".join(f"b{k},Book,{'xy'[k % 2]}\n" for k in range(9)), None, "no user has the 5"),
+])
+def test_bad_data_of_ones_own(tmp_path, items, interactions, why):
+    folder = own_folder(tmp_path / "own", items, interactions)
+    with pytest.raises(data.InputError, match=why):
+        data.load_dataset(str(folder))
+
+
+def test_more_bad_data(tmp_path):
+    folder = own_folder(tmp_path / "own")
+    (folder / "items.csv").write_bytes(b"item_id,title,groups\nb0,\xff\xfe,x\n")
+    with pytest.raises(data.InputError, match="not utf-8"):
+        data.load_dataset(str(folder))
+    (folder / "interactions.csv").unlink()
+    with pytest.raises(data.InputError, match="No such file"):
+        own_folder(tmp_path / "own"), (folder / "interactions.csv").unlink()
+        data.load_dataset(str(folder))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(data.InputError, match="neither items.csv"):
+        data.load_dataset(str(tmp_path / "empty"))
+    four = own_folder(tmp_path / "four", ITEMS + "".join(f"b{k},Book {k},{'xy'[k % 2]}\n"
+        for k in range(4)), CLICKS + "".join(f"ann,b{k},{k}\n" for k in range(4)))
+    with pytest.raises(data.InputError, match="no user has"):
+        data.load_dataset(str(four))
+    # a line break inside a quoted title is only a blank
+    odd = own_folder(tmp_path / "odd", ITEMS + "".join(f'b{k},"Book\n{k}",{"xy"[k % 2]}\n'
+                                                       for k in range(9)))
+    assert "Book 3" in data.load_dataset(str(odd)).titles
+    with pytest.raises(data.InputError, match="line break"):
+        data.Catalog(["Sea\nSun"], "H:\n", None, 5)
+    ds = data.load_dataset(str(own_folder(tmp_path / "own")))
+    ds.titles = ds.titles[:4]
+    with pytest.raises(data.InputError, match="at least 5 titles"):
+        data.popularity_groups(ds)
+
+
+@pytest.mark.parametrize("layout", ["ml-1m", "u.item", "recbole", "csv"])
+def test_fuzzed_files_load_or_are_refused_in_a_line(tmp_path, layout):
+    """Any bytes in any of the files: a data set, or an InputError, nothing else."""
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+    names = {"ml-1m": ("movies.dat", "ratings.dat"), "u.item": ("u.item", "u.data"),
+             "recbole": ("x.item", "x.inter"), "csv": ("items.csv", "interactions.csv")}[layout]
+    heads = {"recbole": ("item_id:token\ttitle:token_seq\tclass:token_seq\n",
+                         "user_id:token\titem_id:token\ttimestamp:float\n"),
+             "csv": (ITEMS, CLICKS)}.get(layout, ("", ""))
+    sep = {"ml-1m": "::", "u.item": "|", "recbole": "\t", "csv": ","}[layout]
+    piece = st.sampled_from(["1", "2", "3", "Heat (1995)", "Heat, The", "a|b", "", " ", "0", "9e9",
+                             "-1", "nan", '"', "\t", "::", "|", "é", "\0", "\r", "1e999"])
+    line = st.lists(piece, min_size=1, max_size=6).map(sep.join)
+    # ratings that fit: five items by one user, so that some examples get to the end
+    good = "".join(sep.join(["7", str(k), "5", str(k)]) + "\n" for k in range(1, 6))
+    text = st.lists(line, max_size=8).map("\n".join)
+    content = st.one_of(text.map(lambda t: t.encode("utf-8")), st.binary(max_size=60),
+                        text.map(lambda t: (t + "\n" + good).encode("latin-1", "ignore")))
+
+    @hypothesis.settings(max_examples=400, deadline=None, derandomize=True, database=None,
+                         suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.given(content, content, st.booleans())
+    def check(a, b, headed):
+        for name, head, body in zip(names, heads, (a, b)):
+            (tmp_path / name).write_bytes((head.encode() if headed else b"") + body)
+        try:
+            ds = data.prepare(data.read_movielens(tmp_path), "H:\n", "film")
+            assert np.allclose(ds.credit.sum(1), 1) and all(t.strip() for t in ds.titles)
+        except data.InputError as e:
+            assert len(str(e).splitlines()) == 1
+    check()
 
 
 def test_popularity_groups_and_windows(toy):
@@ -775,7 +893,14 @@ def test_options():
     for bad, why in (("--rouns=3", "rounds"), ("--dataset=ml10k", "ml100k"), ("--topk=0", "topk"),
                      ("--seed=x", "int"), ("rounds=1", "--key=value"),
                      ("--temperature=0", "above 0"), ("--alpha=1.5", "alpha"),
-                     ("--group_by=genres", "genre"), ("--sft_full=maybe", "True or False")):
+                     ("--group_by=genres", "genre"), ("--sft_full=maybe", "True or False"),
+                     ("--history=0", "history"), ("--lr=-1", "above 0"), ("--lr=nan", "above 0"),
+                     ("--sft_lr=inf", "too large"), ("--num_negatives=0", "num_negatives"),
+                     ("--alpha=-0.1", "alpha"), ("--gamma=nan", "gamma"), ("--gamma=-1", "gamma"),
+                     ("--seed=-1", "seed"), ("--dataset=no/such/folder", "no such folder"),
+                     ("--dim=30", "twice"), ("--dropout=1", "dropout"), ("--rounds", "int"),
+                     ("--weight_decay=-1", "weight_decay"), ("--tokens=item", "items"),
+                     ("--device=gpu", "cpu"), ("--dtype=fp16", "float16")):
         with pytest.raises(data.InputError, match=why):
             train.configure([bad])
 
@@ -947,6 +1072,76 @@ def test_benchmark_agrees_with_transformers_and_writes_json(tmp_path):
     windows, hf = world.histories(2, 7), bench.twin(world.model)
     with pytest.raises(SystemExit, match="the sides differ"):
         bench.agree(world, "sft", broken, lambda: bench.peer_sft(hf, world, windows), 1e-4)
+
+
+def test_bad_machines_models_and_folders(tmp_path, monkeypatch):
+    small = lambda *more: train.configure([*SMALL, f"--out_dir={tmp_path / 'out'}", *more])
+    if not torch.cuda.is_available():
+        with pytest.raises(data.InputError, match="no GPU"):
+            train.Run(small("--device=cuda"))
+    if not torch.backends.mps.is_available():
+        with pytest.raises(data.InputError, match="no Apple GPU"):
+            train.Run(small("--device=mps"))
+    with pytest.raises(data.InputError, match="the catalog has 250 titles"):
+        train.Run(small("--topk=250"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(data.InputError, match="--out_dir=.*choose another"):
+        train.Run(small(f"--out_dir={tmp_path / 'file' / 'x'}"))
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *a, **k: (_ for _ in ()).throw(
+        OSError("no route")))
+    with pytest.raises(data.InputError, match="not a folder, not a .gguf file"):
+        train.Run(small("--init_from=nobody/nothing"))
+    with pytest.raises(data.InputError, match="no such file"):
+        train.Run(small(f"--init_from={tmp_path / 'none.gguf'}"))
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(range(256)) * 8)
+    (tmp_path / "worse.gguf").write_bytes(b"not at all")
+    for name in ("bad.gguf", "worse.gguf"):
+        with pytest.raises(data.InputError, match="cannot be read"):
+            train.Run(small(f"--init_from={tmp_path / name}"))
+    model = tmp_path / "model"
+    bpe_tokenizer(pre_tokenizer_kinds()["smollm2"]).save_pretrained(model)
+    with pytest.raises(data.InputError, match="cannot be read"):                 # no weights
+        train.Run(small(f"--init_from={model}"))
+    import transformers
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=420, n_embd=8, n_layer=1,
+                                                         n_head=2)).save_pretrained(model)
+    with pytest.raises(data.InputError, match="gpt2"):
+        train.Run(small(f"--init_from={model}"))
+
+
+def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
+    tok = bpe_tokenizer(pre_tokenizer_kinds()["smollm2"])
+    from tokenizers import normalizers
+    tok.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tok.save_pretrained(tmp_path)
+    with pytest.raises(data.InputError, match="does not give 'Heat.*' back"):
+        data.model_tokenizer(str(tmp_path), None, ["sun\n", "Heat\n"])
+
+
+def test_collapse_is_called_out(tmp_path, capsys):
+    run = train.Run(train.configure([*SMALL, f"--out_dir={tmp_path}"]))
+    run.enter("sft")
+    sft = run.measure("sft", "val")
+    assert not sft["collapsed"]
+    sft["coverage"] = 0.99
+    assert run.measure("sft", "val", stage="ufo-1")["collapsed"]
+    assert "COLLAPSED" in capsys.readouterr().out
+
+
+def test_memory_does_not_grow_from_round_to_round(tmp_path):
+    """Tensors alive after rounds 2 and 4."""
+    import gc
+    run = train.Run(train.configure([*SMALL, "--max_users=20", f"--out_dir={tmp_path}"]))
+    run.enter("sft")
+    E_pre, alive = np.array(run.measure("pretrained", "val")["E"]), []
+    run.measure("sft", "val")
+    run.enter("game")
+    for t in range(1, 5):
+        run.round(t, E_pre)
+        gc.collect()
+        alive.append(sum(x.numel() for x in gc.get_objects()
+                         if type(x) in (torch.Tensor, torch.nn.Parameter)))
+    assert alive[3] <= alive[1]
 
 
 def test_command_line_errors_are_one_line_and_exit_2(tmp_path):

@@ -38,7 +38,8 @@ from model import Model, ModelConfig, describe, load
 @dataclass
 class Config:
     # what to learn from
-    dataset: str = "toy"            # toy | ml100k | ml1m
+    dataset: str = "toy"            # toy | ml100k | ml1m | a folder with items and interactions
+    header: str = ""                # the first line of every document; "": the data set's own
     data_dir: str = "data"          # downloads and prepared files are kept here
     out_dir: str = ""               # results.json, log.jsonl, model.pt; default out/<dataset>
     group_by: str = "genre"         # genre (n genres: 1/n to each) | popularity (quintiles)
@@ -99,7 +100,6 @@ PRESETS = {
                     lr=1.5e-3, round_iters=80, rounds=2),
 }
 CHOICES = {
-    "dataset": ("toy", "ml100k", "ml1m"),
     "group_by": ("genre", "popularity"),
     "tokens": ("text", "items"),
     "device": ("auto", "cuda", "cpu", "mps"),
@@ -152,7 +152,7 @@ def check(cfg):
             raise data.InputError(f"--{key}={value}: not known{nearest(value, CHOICES[key])}")
         if key in AT_LEAST and not value >= AT_LEAST[key]:
             raise data.InputError(f"--{key}={value}: must be at least {AT_LEAST[key]}")
-        if not isinstance(value, str | dict | None) and abs(value) >= 2 ** 31:
+        if isinstance(value, int | float) and abs(value) >= 2 ** 31:
             raise data.InputError(f"--{key}={value}: too large")
     return cfg
 
@@ -163,15 +163,15 @@ def configure(argv):
     InputError in a line.
     """
     typed = parse(argv, Config)
-    name = typed.get("dataset", Config.dataset)
-    if name not in PRESETS or name == "scratch":
-        raise data.InputError(f"--dataset={name}: no such data "
-                              f"set{nearest(name, CHOICES['dataset'])}")
-    preset = dict(PRESETS[name])
+    name, known = typed.get("dataset", Config.dataset), ("toy", "ml100k", "ml1m")
+    if name not in known and not Path(name).is_dir():
+        raise data.InputError(f"--dataset={name}: no such data set, and no such "
+                              f"folder{nearest(name, known)}")
+    preset = dict(PRESETS[name]) if name in known else {}
     if name != "toy" and typed.get("init_from") == "scratch":
         preset |= PRESETS["scratch"]
     cfg = Config(**(preset | typed))
-    cfg.out_dir = cfg.out_dir or f"out/{cfg.dataset}"
+    cfg.out_dir = cfg.out_dir or f"out/{Path(cfg.dataset).resolve().name}"
     if cfg.resume and (checkpoint := read_checkpoint(Path(cfg.out_dir))):
         saved = checkpoint["config"]
         other = [f"{k} was {saved.get(k)}" for k in typed if k not in PLACES
@@ -325,7 +325,7 @@ class Run:
         self.peak = matmul_peak(self.device, self.dtype)
         torch.manual_seed(cfg.seed)
         self.ds = ds = data.load_dataset(cfg.dataset, cfg.data_dir, cfg.group_by, cfg.holdout,
-                                         cfg.max_users, cfg.seed)
+                                         cfg.max_users, cfg.seed, cfg.header)
         if cfg.topk >= len(ds.titles):
             raise data.InputError(f"--topk={cfg.topk}: the catalog has {len(ds.titles)} titles")
         self.base, self.tokenizer, self.source = self.build()
@@ -478,8 +478,12 @@ class Run:
         try:
             tok = data.model_tokenizer(folder, gguf, lines + [ds.header])
             return load(folder, gguf), tok, source
-        except (OSError, ValueError) as e:
-            raise data.InputError(f"init_from={cfg.init_from}: {str(e).splitlines()[0]}") from None
+        except data.InputError:
+            raise
+        except Exception as e:      # transformers' and gguf's own errors, which share no parent
+            why = (str(e).splitlines() or [""])[0]
+            raise data.InputError(f"init_from={cfg.init_from}: cannot be read "
+                                  f"({type(e).__name__}: {why})") from None
 
     def batches(self, what, start):
         """Endless batches of training windows, in the order of the number `what`, from the batch
@@ -944,6 +948,9 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError as e:
         print(f"error: {str(e).splitlines()[0]} Start anew with a lower --batch_size (training) or "
               f"--eval_batch (search and play)", file=sys.stderr)
+        sys.exit(2)
+    except OSError as e:
+        print(f"error: {e.filename}: {e.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
