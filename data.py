@@ -660,8 +660,8 @@ def model_tokenizer(folder, gguf_file, texts):
     same = lambda text: hf.decode(original(text), clean_up_tokenization_spaces=False).strip()
     lossy = next((t for t in texts if same(t) != t.strip()), None)
     if lossy is not None:
-        raise InputError(f"the tokenizer of {folder} does not give {lossy!r} back: titles would run "
-                         f"together; use another model")
+        raise InputError(f"the tokenizer of {folder} does not give {lossy!r} back: titles would "
+                         f"run together; use another model")
     prefix = tuple(hf.encode(""))
     try:
         enc, ids = tiktoken_from(hf)
@@ -896,9 +896,9 @@ def pad(docs, multiple=1):
 
 
 def training_batches(ds, size, batch_size, tokens, rng):
-    """Endless batches of batch_size windows, each of at most `size` titles of a training history; in
-    an epoch every title but a user's first is a target once, since a window begins with the title
-    the one before ended with. Where the cuts fall is drawn anew.
+    """Endless batches of batch_size windows, each of at most `size` titles of a training history.
+    In an epoch every title but a user's first is a target once, since a window begins with the
+    title the one before ended with. Where the cuts fall is drawn anew.
 
     tokens (I,): the length of every title. Windows of like length stand in one batch (they are
     sorted within pools of 32 batches), so that little is computed on padding. What does not fill an

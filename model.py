@@ -189,9 +189,9 @@ class Model(nn.Module):
         """tokens (B,T) int64 -> hidden states after the last norm (B,T,D).
 
         positions (B,T): rotary positions; None counts on from the cache's length. mask (B,T,S)
-        bool, True where a query may look; None is causal, and wants an empty cache. cache: a list of
-        one `KV` a layer; an empty list is filled, a full one is extended by the T new tokens. None
-        keeps nothing.
+        bool, True where a query may look; None is causal, and wants an empty cache. cache: a list
+        of one `KV` a layer; an empty list is filled, a full one is extended by the T new tokens.
+        None keeps nothing.
         """
         if mask is None and cache:
             raise ValueError("tokens after a cache need a mask: causal attention would be aligned "

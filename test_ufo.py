@@ -708,6 +708,52 @@ def test_zip_is_checked_and_unpacked_by_name(tmp_path, monkeypatch):
     assert names == ["movies.dat", "ratings.dat", "users.dat"] and folder.parent == tmp_path
 
 
+def test_a_truncated_zip_is_named(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "ml-1m.zip", "w") as z:
+        z.writestr("ml-1m/ratings.dat", "x" * 1000)
+    raw = (tmp_path / "ml-1m.zip").read_bytes()
+    import hashlib
+    for content, why in ((raw[:-40], "not a readable zip"), (raw, "no movies.dat in it")):
+        (tmp_path / "ml-1m.zip").write_bytes(content)
+        monkeypatch.setitem(data.ML_MD5, "ml-1m", hashlib.md5(content).hexdigest())
+        with pytest.raises(data.InputError, match=f"ml-1m.zip: {why}"):
+            data.fetch_movielens("ml-1m", tmp_path)
+
+
+def test_two_runs_that_fetch_at_once_do_not_break_each_other(tmp_path, monkeypatch):
+    """Eight threads, one slow download: every one of them ends up with the whole file."""
+    import hashlib
+    import io
+    import threading
+    import time
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as z:
+        for name in data.ML_FILES["ml-1m"]:
+            z.writestr("ml-1m/" + name, name * 5000)
+    raw = buffer.getvalue()
+    monkeypatch.setitem(data.ML_MD5, "ml-1m", hashlib.md5(raw).hexdigest())
+
+    class Slow(io.BytesIO):
+        def read(self, n=-1):
+            time.sleep(0.01)
+            return super().read(min(n, 5000))
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *a, **k: Slow(raw))
+    done = []
+
+    def fetch():
+        folder = data.fetch_movielens("ml-1m", tmp_path)
+        done.append(all((folder / f).read_text() == f * 5000 for f in data.ML_FILES["ml-1m"]))
+    threads = [threading.Thread(target=fetch) for _ in range(8)]
+    for t in threads:
+        t.start()
+        time.sleep(0.005)
+    for t in threads:
+        t.join()
+    left = sorted(p.name for p in tmp_path.rglob("*"))
+    assert done == [True] * 8 and left == ["ml-1m", "ml-1m.zip", "movies.dat", "ratings.dat",
+                                           "users.dat"]
+
+
 def test_no_network_and_no_fallback_says_which_file(tmp_path, monkeypatch):
     def refuse(*a, **k):
         raise OSError("no route")
@@ -750,7 +796,8 @@ def test_own_data_as_csv_or_recbole_files(tmp_path):
     folder.mkdir()
     convert = lambda name: (tmp_path / "csv" / name).read_text().replace("|", " ")
     items = [line.replace('"', "").rsplit(",", 1) for line in convert("items.csv").splitlines()[1:]]
-    (folder / "books.item").write_text("item_id:token\ttitle:token_seq\tgenre:token_seq\n" + "".join(
+    head = "item_id:token\ttitle:token_seq\tgenre:token_seq\n"
+    (folder / "books.item").write_text(head + "".join(
         f"{left.split(',', 1)[0]}\t{left.split(',', 1)[1]}\t{g}\n" for left, g in items))
     (folder / "books.inter").write_text(convert("interactions.csv").replace(",", "\t").replace(
         "user_id\titem_id\ttimestamp", "user_id:token\titem_id:token\ttimestamp:float"))
@@ -938,8 +985,8 @@ def train_py(*args, **kw):
 
 
 def test_killed_at_random_moments_a_run_ends_as_if_it_never_was(tmp_path):
-    """SIGKILL ten times, Ctrl-C once: the same results.json, byte for byte, and the same log but for
-    its minutes.
+    """SIGKILL ten times, Ctrl-C once: the same results.json, byte for byte, and the same log but
+    for its minutes.
     """
     import random
     import signal
@@ -1116,6 +1163,39 @@ def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
     tok.save_pretrained(tmp_path)
     with pytest.raises(data.InputError, match="does not give 'Heat.*' back"):
         data.model_tokenizer(str(tmp_path), None, ["sun\n", "Heat\n"])
+
+
+def test_a_gguf_of_another_architecture_is_refused(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    w = gguf.GGUFWriter(tmp_path / "x.gguf", "gpt2")
+    w.add_block_count(1), w.add_context_length(8), w.add_embedding_length(8)
+    w.add_tensor("token_embd.weight", np.zeros((8, 8), np.float32))
+    w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
+    with pytest.raises(data.InputError, match="cannot be read"):
+        train.Run(train.configure([*SMALL, f"--out_dir={tmp_path}",
+                                   f"--init_from={tmp_path / 'x.gguf'}"]))
+
+
+def test_out_of_memory_and_disk_errors_are_one_line(monkeypatch, capsys):
+    for error, want in ((torch.OutOfMemoryError("CUDA out of memory.\nmore"), "--eval_batch"),
+                        (OSError(28, "No space left on device", "out/x"), "out/x: No space left")):
+        def fail(_):
+            raise error
+        monkeypatch.setattr(train, "main", fail)
+        assert train.cli([]) == 2
+        said = capsys.readouterr().err
+        assert want in said and said.count("\n") == 1
+
+
+def test_float16_leaves_out_overflowing_steps_and_counts_them(tmp_path):
+    run = train.Run(train.configure([*SMALL, "--dtype=float16", "--device=cpu",
+                                     f"--out_dir={tmp_path}"]))
+    before = [p.detach().clone() for p in run.params]
+    run.step(run.params[0].sum() * 1e35)            # finite, but not times the scale of 65,536
+    assert run.state["skipped"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, run.params))
+    run.step(run.params[0].sum())
+    assert run.state["skipped"] == 1 and not torch.equal(before[0], run.params[0])
 
 
 def test_collapse_is_called_out(tmp_path, capsys):

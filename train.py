@@ -110,7 +110,8 @@ CHOICES = {
 AT_LEAST = dict(
     holdout=1, max_users=0, eval_users=0, history=1, topk=1, batch_size=1, eval_batch=1, dropout=0,
     lora_rank=1, sft_window=2, seed=0, save_every=0, weight_decay=0, sft_iters=0, eval_every=1,
-    patience=0, pretrain_iters=0, rounds=0, round_iters=1, branches=1, num_negatives=1, gamma=0, lam=0, alpha=0)
+    patience=0, pretrain_iters=0, rounds=0, round_iters=1, branches=1, num_negatives=1, gamma=0,
+    lam=0, alpha=0)
 
 
 # options that do not change a result: where it is kept, and how safely
@@ -413,7 +414,8 @@ class Run:
         if self.stop or time.time() - self.saved >= self.cfg.save_every:
             self.save()
         if self.stop:
-            raise Stopped
+            raise Stopped(f"stopped and saved; to go on: python train.py --resume "
+                          f"--out_dir={self.cfg.out_dir}")
 
     def steps(self, name, total):
         """The steps of a stage that are still to be made, with a bar."""
@@ -779,7 +781,7 @@ class Speed:
                 "flops_per_s": self.flops / s, "utilisation": self.flops / s / run.peak}
         run.log(event="speed", **rate, matmul_flops_per_s=run.peak)
         return (f"{self.steps} steps, median {1e3 * np.median(self.seconds):.0f} ms; "
-                f"{rate['titles_per_s']:.0f} titles and {rate['tokens_per_s']:.0f} tokens a second; "
+                f"{rate['titles_per_s']:.0f} titles, {rate['tokens_per_s']:.0f} tokens a second; "
                 f"{rate['flops_per_s'] / 1e12:.3g} TFLOP/s, {rate['utilisation']:.0%} of the "
                 f"{run.peak / 1e12:.3g} that a {str(run.dtype)[6:]} matrix product reaches here; "
                 f"at most {peak_memory(run.device):.1f} GiB")
@@ -849,7 +851,8 @@ def results_table(rows, yardsticks, k):
                  else f"{row[n]:.4f}" if n in row else "" for n in names]
         print(f"{stage:>17} | " + " | ".join(f"{c:22}" for c in cells)
               + (f" | {row['coverage']:8.3f}" if "coverage" in row else " |         ") +
-              (f" | {row['minutes']:7.1f}" if "minutes" in row else " |"))
+              (f" | {row['minutes']:7.1f}" if "minutes" in row else " |")
+              + ("  !! COLLAPSED" if row.get("collapsed") else ""))
     print(f"MGU of a perfectly fair policy would read about {rows[-1]['MGU_floor']:.4f} here, from "
           f"sampling noise alone")
 
@@ -932,25 +935,27 @@ def main(cfg):
         while run.state["round"] <= cfg.rounds:
             run.round(run.state["round"], E_pre)
         finish(run)
-    except Stopped:
-        print(f"\nstopped and saved; to go on: python train.py --resume --out_dir={cfg.out_dir}")
-        sys.exit(130)
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-if __name__ == "__main__":
+def cli(argv):
+    """Run, and turn what the user can mend into one line on stderr. -> the exit code."""
     try:
-        main(configure(sys.argv[1:]))
-    except data.InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError as e:
-        print(f"error: {str(e).splitlines()[0]} Start anew with a lower --batch_size (training) or "
-              f"--eval_batch (search and play)", file=sys.stderr)
-        sys.exit(2)
-    except OSError as e:
-        print(f"error: {e.filename}: {e.strerror}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        main(configure(argv))
+        return 0
+    except (data.InputError, torch.OutOfMemoryError, OSError) as e:
+        why = str(e).splitlines()[0]
+        if isinstance(e, torch.OutOfMemoryError):
+            why += " Lower --batch_size (training) or --eval_batch (search and play)"
+        elif isinstance(e, OSError):
+            why = f"{e.filename}: {e.strerror}"
+        print(f"error: {why}", file=sys.stderr)
+        return 2
+    except Stopped as e:
+        print(f"\n{e}")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(cli(sys.argv[1:]))
