@@ -24,3 +24,7 @@ def loss(f, weights):
                          f"(B, 1 + S) and (B,)")
     margin = torch.logsumexp(f[:, 1:] - f[:, :1], dim=1)               # (B,)
     return (weights / weights.mean() * F.softplus(margin)).mean()
+
+
+# --loss=NAME; add a function of (f, weights) and its name
+LOSSES = {"logistic": loss}

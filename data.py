@@ -353,6 +353,7 @@ class Dataset:
     holdout: int = 1     # test is the last `holdout` items of a user, validation those before
     planted: np.ndarray = None   # (G,) the toy world's web share of each group less the users'
     source: str = "made here"    # where it came from
+    years: list = None           # I years as text, or None where a title has none
 
     def train(self, u):
         return self.histories[u][:len(self.histories[u]) - 2 * self.holdout]
@@ -419,19 +420,23 @@ def prepare(raw, header, noun, holdout=1, max_users=0):
     corpus = [f"{t} is a {noun}{f' from {y}' if y else ''}. Genres: {', '.join(g)}.\n" for t, g,
               y in zip(titles, genres, years)]
     return Dataset(titles, names, credit, [np.array(list(by_user[u])) for u in users], users,
-                   header, corpus, holdout)
+                   header, corpus, holdout, years=years)
 
 
 def popularity_groups(ds):
-    """Replace the groups by popularity quintiles: five bands of equally many items, by training
-    counts (one-hot).
+    """Popularity quintiles: five bands of equally many items, by training counts. -> (names (G,),
+    credit (I, G), one-hot here).
     """
     if len(ds.titles) < 5:
         raise InputError(f"popularity groups need at least 5 titles; there are {len(ds.titles)}")
     order = np.argsort(-ds.train_counts(), kind="stable")
     band = np.empty(len(ds.titles), int)
     band[order] = np.arange(len(order)) * 5 // len(order)
-    ds.groups, ds.credit = ["top 20%", "20-40%", "40-60%", "60-80%", "last 20%"], np.eye(5)[band]
+    return ["top 20%", "20-40%", "40-60%", "60-80%", "last 20%"], np.eye(5)[band]
+
+
+# --group_by=NAME; add a function of the Dataset and its name
+GROUPINGS = {"genre": lambda ds: (ds.groups, ds.credit), "popularity": popularity_groups}
 
 
 def load_dataset(name, data_dir="data", group_by="genre", holdout=1, max_users=0, seed=0,
@@ -451,8 +456,7 @@ def load_dataset(name, data_dir="data", group_by="genre", holdout=1, max_users=0
                      max_users)
         ds.source = str(name)
     ds.header = header.strip() + "\n" if header.strip() else ds.header
-    if group_by == "popularity":
-        popularity_groups(ds)
+    ds.groups, ds.credit = GROUPINGS[group_by](ds)
     if len(ds.groups) < 2:
         raise InputError(f"{name}: every item is in the group {ds.groups[0]!r}: nothing to be fair "
                          f"between")

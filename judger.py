@@ -112,3 +112,9 @@ def item_weights(A, log_v):
     (I,) > 0.
     """
     return np.exp(A @ log_v)
+
+
+# --target=NAME: the exposure (..., G) that a fair policy would have, from the histories' (..., G):
+# what (4) measures against and (7) steers to. Add a function and its name
+TARGETS = {"history": lambda E_star: E_star,
+           "equal": lambda E_star: np.full_like(E_star, 1 / E_star.shape[-1])}

@@ -82,19 +82,20 @@ def interval(samples):
     return [float(x) for x in np.percentile(samples, [2.5, 97.5])]
 
 
-def report(A, users, histories, lists, targets, log_loss, n_boot=1000):
+def report(A, users, histories, lists, targets, log_loss, fair=lambda E: E, n_boot=1000):
     """Everything that is said of one policy on one split.
 
     A (I, G); users (N,); histories: N arrays, the items shown to the policy; lists (N, K); targets
-    (N,); log_loss (N,) nats, -log q of the target. Returns a dict: the figures by their names with
+    (N,); log_loss (N,) nats, -log q of the target; fair: histories' exposure -> E*, the same unless
+    a judger has another target. Returns a dict: the figures by their names with
     K in them, `ci` (95 % bootstrap intervals over users, always the same draws, so that two
     policies' figures are resampled alike), `MGU_floor` (the expected MGU were the true GU zero: the
     mean MGU of the bootstrap's deviations), E_star and E (G,).
     """
     k, w = lists.shape[1], bootstrap_weights(users, n_boot, np.random.default_rng(0))
     shown, listed = group_sums(A, histories), group_sums(A, lists)
-    star, e = exposure(*shown), exposure(*listed)
-    gu, gu_w = e - star, exposure(*listed, w) - exposure(*shown, w)
+    star, e = fair(exposure(*shown)), exposure(*listed)
+    gu, gu_w = e - star, exposure(*listed, w) - fair(exposure(*shown, w))
     per_case = {f"HR@{k}": hits(lists, targets), f"NDCG@{k}": ndcg(lists, targets),
                 "log_loss": log_loss}
     row = {name: float(x.mean()) for name, x in per_case.items()}

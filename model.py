@@ -13,12 +13,14 @@ Shapes: B rows, T tokens, S tokens a query can look at (cached + new), D width, 
 heads, E head width.
 """
 
+import json
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -171,6 +173,7 @@ class Model(nn.Module):
         super().__init__()
         self.config, self.compute_dtype = config, torch.float32
         self.run_block = Block.forward                      # or its compiled form
+        self.recompute = False      # keep only the blocks' inputs, compute the rest again backward
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -210,7 +213,8 @@ class Model(nn.Module):
             # the first block's input too takes a gradient, or it would be a graph of its own
             x = x.requires_grad_() if torch.is_grad_enabled() and not x.requires_grad else x
             for block in self.blocks:
-                x = self.run_block(block, x, cos, sin, mask)
+                x = (checkpoint(self.run_block, block, x, cos, sin, mask, use_reentrant=False)
+                     if self.recompute else self.run_block(block, x, cos, sin, mask))
         else:
             for block, kv in zip(self.blocks, cache):
                 x = block(x, cos, sin, mask, kv)
@@ -302,6 +306,12 @@ class Model(nn.Module):
 
 # ---------------------------------------------------------------------- weights from elsewhere
 
+# our name of a part of a block -> transformers'
+THEIRS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
+          "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
+          "down": "mlp.down_proj", "attn_norm": "input_layernorm",
+          "ffn_norm": "post_attention_layernorm"}
+
 # transformers' model_type; SmolLM2 and TinyLlama are "llama"
 ARCHITECTURES = ("llama", "qwen2")
 
@@ -335,16 +345,12 @@ def from_hf(hf_model):
     (float32).
     """
     config = config_from_hf(hf_model.config)
-    theirs = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
-              "o": "self_attn.o_proj",
-              "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
-              "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
     w, ours = hf_model.state_dict(), {}
     ours["embed"], ours["norm.weight"] = w["model.embed_tokens.weight"], w["model.norm.weight"]
     if not config.tied:
         ours["head"] = w["lm_head.weight"]
     for i in range(config.n_layers):
-        for mine, their in theirs.items():
+        for mine, their in THEIRS.items():
             for kind in ("weight", "bias"):
                 key = f"model.layers.{i}.{their}.{kind}"
                 if key in w:
@@ -368,6 +374,30 @@ def load(folder, gguf_file=None):
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False,
                                               **extra)
     return from_hf(hf).eval()
+
+
+def save_peft(model, name, folder, base, revision=None):
+    """Write an adapter as PEFT does: folder/adapter_config.json and adapter_model.safetensors, to
+    be opened by PeftModel.from_pretrained on the model that `base` names (hub id or folder) at its
+    `revision`.
+    """
+    import safetensors.torch
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for i, block in enumerate(model.blocks):
+        for mine, their in THEIRS.items():
+            if isinstance(layer := getattr(block, mine), Linear):
+                at = f"base_model.model.model.layers.{i}.{their}"
+                for kind, p in (("A", layer.lora_a[name]), ("B", layer.lora_b[name])):
+                    tensors[f"{at}.lora_{kind}.weight"] = p.detach().cpu().contiguous()
+    layer = model.blocks[0].q
+    rank = layer.lora_a[name].shape[0]
+    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
+    parts = [their.split(".")[1] for their in THEIRS.values() if "proj" in their]
+    (folder / "adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+        "revision": revision, "r": rank, "lora_alpha": layer.scale * rank, "lora_dropout": 0.0, "bias": "none",
+        "target_modules": parts, "inference_mode": True}, indent=1))
 
 
 def describe(model):

@@ -956,7 +956,7 @@ SMALL = ["--pretrain_iters=20", "--sft_iters=20", "--eval_every=10", "--rounds=2
          "--round_iters=4", "--max_users=60", "--branches=3", "--num_negatives=4", "--dropout=0.2"]
 
 
-def test_toy_end_to_end_and_bitwise_again(tmp_path):
+def test_toy_end_to_end_and_bitwise_again(tmp_path, capsys):
     results = []
     for name in ("a", "b"):
         train.main(train.configure(SMALL + [f"--out_dir={tmp_path / name}"]))
@@ -975,6 +975,40 @@ def test_toy_end_to_end_and_bitwise_again(tmp_path):
         assert first["loss"] == pytest.approx(math.log(5), abs=1e-4)   # f = 0, dropout or not
     assert results[0] == results[1]
     assert not list(tmp_path.glob("*/checkpoint*"))
+    # and what it learned can be asked
+    import recommend
+    titles = data.load_dataset("toy", max_users=60).titles
+    ask = [f"--out_dir={tmp_path / 'a'}", titles[3].upper(), f"  {titles[70].lower()}!"]
+    capsys.readouterr()
+    assert recommend.cli([*ask, "--json", "--topk=5"]) == 0
+    got = json.loads(capsys.readouterr().out)
+    assert got["history"] == [titles[3], titles[70]] and set(got["lists"]) == {"pretrained", "sft",
+                                                                               "ufo"}
+    for name, found in got["lists"].items():
+        p = [x["probability"] for x in found]
+        assert len(p) == 5 and p == sorted(p, reverse=True) and 0 < sum(p) < 1
+        assert not {titles[3], titles[70]} & {x["title"] for x in found}
+        assert sum(got["exposure"][name].values()) == pytest.approx(1)
+    assert recommend.cli([ask[0], "--user=7"]) == 0 and "share of" in capsys.readouterr().out
+    for bad, why in (([ask[0]], "--user=ID"), ([ask[0], "--user=x"], "not a user"),
+                     ([ask[0], titles[3][:-1]], "did you mean"),
+                     (["--out_dir=none", "x"], "model.pt"),
+                     ([ask[0], "--topk=250", titles[3]], "250 titles")):
+        assert recommend.cli(bad) == 2 and why in capsys.readouterr().err
+
+
+def test_titles_are_found_kindly():
+    from recommend import find
+    titles = ["The Ice Storm", "Sabrina (1954)", "Sabrina (1995)", "La Cité des enfants perdus",
+              "Heat"]
+    years = ["1997", "1954", "1995", "1995", "1995"]
+    for text, want in (("ice storm, the", 0), ("Ice Storm, The (1997)", 0), ("HEAT (1995)", 4),
+                       ("Sabrina (1995)", 2), ("la cite des enfants perdus", 3)):
+        assert find(text, titles, years) == want, text
+    for text, why in (("Sabrina", "add the year"), ("Heat (1986)", "no title"),
+                      ("The Icestorm", "did you mean The Ice Storm")):
+        with pytest.raises(data.InputError, match=why):
+            find(text, titles, years)
 
 
 def train_py(*args, **kw):
@@ -1101,6 +1135,22 @@ def test_ml1m_end_to_end_for_a_few_steps(tmp_path, monkeypatch):
     assert "Sci-Fi" in r["origins"]["groups"]
     saved = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
     assert saved["tuned"] and all("lora_" in k for k in saved["tuned"])
+    # the adapter opens in PEFT, on the model it was trained on, with the same logits
+    peft = pytest.importorskip("peft")
+    import transformers
+    run = train.trained(tmp_path / "out")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model",
+                                                             dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()
+    x = torch.randint(420, (2, 30))
+    with torch.no_grad():
+        plain = run.policies("pretrained").eval()
+        without = plain.logits(plain(x))
+        ours = run.policies("player").eval()
+        got, want = ours.logits(ours(x)), theirs(x).logits
+    assert torch.allclose(got, want, atol=1e-4) and not torch.allclose(got, without, atol=1e-4)
+    assert peft.PeftConfig.from_pretrained(tmp_path / "out"
+                                           / "adapter").base_model_name_or_path.endswith("model")
 
 
 def test_benchmark_agrees_with_transformers_and_writes_json(tmp_path):
@@ -1222,6 +1272,52 @@ def test_memory_does_not_grow_from_round_to_round(tmp_path):
         alive.append(sum(x.numel() for x in gc.get_objects()
                          if type(x) in (torch.Tensor, torch.nn.Parameter)))
     assert alive[3] <= alive[1]
+
+
+def test_recomputing_blocks_changes_nothing():
+    model, x = random_model(50).freeze(), torch.randint(50, (2, 9))
+    model.add_adapter("a", 4)
+    for p in model.use("a").adapter_parameters("a"):
+        torch.nn.init.normal_(p, std=0.2)
+    grads = []
+    for model.recompute in (False, True):
+        grads.append(torch.autograd.grad(model(x).sum(), model.adapter_parameters("a")))
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def readme_block(begins):
+    """The code block of the README that begins so."""
+    text = (Path(__file__).parent / "README.md").read_text()
+    found = [b for b in text.split("```python\n")[1:] if b.startswith(begins)]
+    assert len(found) == 1, begins
+    return found[0].split("```")[0]
+
+
+def test_the_readmes_own_experiment_runs(tmp_path, monkeypatch):
+    """"A new fairness experiment in 20 lines", as printed, on ML-1M's layout."""
+    ml1m(tmp_path / "data" / "ml-1m")
+    code = readme_block("# experiment.py")
+    assert len([x for x in code.splitlines() if x.strip()]) <= 20
+    shorter = ["--init_from=scratch", "--pretrain_iters=2", "--sft_iters=2", "--rounds=1",
+               "--round_iters=2", "--batch_size=2", "--branches=2", "--num_negatives=2", "--topk=3",
+               f"--data_dir={tmp_path / 'data'}", f"--out_dir={tmp_path / 'out'}", "--dim=32",
+               "--n_heads=4", "--n_layers=1"]
+    monkeypatch.setattr(data, "fetch_model", lambda *a: (str(tmp_path), None, "test"))
+    bpe_tokenizer(pre_tokenizer_kinds()["smollm2"]).save_pretrained(tmp_path)
+    monkeypatch.setattr("sys.argv", ["experiment.py", "--dataset=ml1m", *shorter])
+    tables = (data.GROUPINGS, judger.TARGETS, corrector.LOSSES)
+    before = [dict(t) for t in tables]
+    try:
+        with pytest.raises(SystemExit) as done:
+            exec(compile(code, "experiment.py", "exec"), {"__name__": "__main__"})
+    finally:
+        for table, old in zip(tables, before):
+            table.clear(), table.update(old)
+    assert done.value.code == 0
+    r = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert r["origins"]["groups"] == ["1950s", "1980s", "1990s"]
+    assert r["origins"]["E_star"] == pytest.approx([1 / 3] * 3)
+    assert r["config"]["loss"] == "hinge"
 
 
 def test_command_line_errors_are_one_line_and_exit_2(tmp_path):

@@ -32,7 +32,7 @@ import data
 import judger
 import metrics
 import selfplay
-from model import Model, ModelConfig, describe, load
+from model import Model, ModelConfig, describe, load, save_peft
 
 
 @dataclass
@@ -42,7 +42,9 @@ class Config:
     header: str = ""                # the first line of every document; "": the data set's own
     data_dir: str = "data"          # downloads and prepared files are kept here
     out_dir: str = ""               # results.json, log.jsonl, model.pt; default out/<dataset>
-    group_by: str = "genre"         # genre (n genres: 1/n to each) | popularity (quintiles)
+    group_by: str = "genre"         # genre (n genres: 1/n to each) | popularity (quintiles) | yours
+    target: str = "history"         # fair is: as in the histories | equal | yours (judger.TARGETS)
+    loss: str = "logistic"          # the corrector's, (9) | yours (corrector.LOSSES)
     holdout: int = 1                # a user's last so many items are test, as many before val
     max_users: int = 0              # keep this many users (0: all; toy: 900)
     eval_users: int = 0             # measure on this many, evenly spaced (0: all)
@@ -55,6 +57,8 @@ class Config:
     device: str = "auto"            # auto | cuda | cpu | mps
     dtype: str = "auto"             # auto | bfloat16 | float16 | float32: base and activations
     compile: str = "auto"           # auto (on a GPU) | True | False: torch.compile training passes
+    recompute: bool = False         # gradient checkpointing: less memory, a third more time
+    track: str = ""                 # wandb | tensorboard: log there too, if it is installed
     eval_batch: int = 64            # users at a time in search and play
     search: str = "auto"            # exact top K: best-first | catalog (all of it in one pass)
     # the model
@@ -100,7 +104,8 @@ PRESETS = {
                     lr=1.5e-3, round_iters=80, rounds=2),
 }
 CHOICES = {
-    "group_by": ("genre", "popularity"),
+    "group_by": data.GROUPINGS, "target": judger.TARGETS, "loss": corrector.LOSSES,
+    "track": ("", "wandb", "tensorboard"),
     "tokens": ("text", "items"),
     "device": ("auto", "cuda", "cpu", "mps"),
     "dtype": ("auto", "bfloat16", "float16", "float32"),
@@ -317,7 +322,8 @@ class Run:
     checkpoint holds, and a run that goes on from one ends as if it had never stopped.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, begin=True):
+        """begin=False: only what a trained model needs (see `trained`)."""
         self.cfg, self.start = cfg, time.time()
         self.device, self.dtype = choose_device(cfg)
         on_gpu = self.device.type == "cuda"
@@ -346,7 +352,8 @@ class Run:
         self.state = {"stage": "", "it": 0, "measured": {}, "looks": [], "best": None, "round": 1,
                       "log_v": [0.0] * len(ds.groups), "played": None, "losses": [], "right": [],
                       "skipped": 0, "minutes": 0.0}
-        self.open(Path(cfg.out_dir))
+        if begin:
+            self.open(Path(cfg.out_dir))
 
     # ------------------------------------------------------------------ where it is, and going on
 
@@ -362,6 +369,7 @@ class Run:
         except OSError as e:
             raise data.InputError(f"--out_dir={out}: {e.strerror}; choose another") from None
         self.out, self.saved, self.stop = out, time.time(), False
+        self.track = tracker(self.cfg)
         if not checkpoint:
             if self.cfg.resume:
                 print(f"nothing to go on with in {out}: starting from the beginning")
@@ -398,7 +406,7 @@ class Run:
         tuned = self.policies.tuned if self.state["stage"] != "pretrain" else self.base
         for model, state in ((tuned, saved["tuned"]), (self.base, saved["base"])):
             if unknown := model.load_state_dict(state, strict=False).unexpected_keys:
-                raise data.InputError(f"{self.out}: its weights do not fit: {unknown[0]}")
+                raise data.InputError(f"{self.cfg.out_dir}: its weights do not fit: {unknown[0]}")
 
     def save(self):
         self.state["minutes"] = self.minutes()
@@ -434,6 +442,7 @@ class Run:
         elif stage == "sft":
             self.policies = Policies(self.base.freeze(), cfg.sft_full)
             tuned, lr = self.policies.tuned, cfg.sft_lr
+            tuned.recompute = cfg.recompute
             if self.compile:
                 tuned.compile_blocks()
             if cfg.sft_full:
@@ -509,6 +518,7 @@ class Run:
 
     def log(self, **line):
         """A line of log.jsonl. A full disk costs the line, not the run."""
+        self.track(line)
         try:
             self.log_file.write(json.dumps(line | {"minutes": round(self.minutes(), 3)}) + "\n")
             self.log_file.flush()
@@ -568,7 +578,7 @@ class Run:
             items, _, n_run = search.top_k(cfg.topk, seen, self.width(len(b)))
             lists[b], run = items.cpu().numpy(), run + int(n_run.sum())
         row = metrics.report(self.ds.credit, user, [h[-cfg.history:] for h in history], lists,
-                             target, log_loss)
+                             target, log_loss, judger.TARGETS[cfg.target])
         k = cfg.topk
         self.log(event="eval", stage=stage, split=split, over=over, prefixes=run / len(user),
                  seconds=time.time() - t0,
@@ -702,7 +712,7 @@ class Run:
             prompt = self.catalog.branches(windows[b], places[b], self.device, self.multiple)
             logq = selfplay.log_q(model, self.catalog.trie, prompt, items[b])      # (B, A, 1 + S)
             f = judger.score(logq, logq_t[b], logq_sft[b], cfg.lam, cfg.alpha).flatten(0, 1)
-            loss = self.step(corrector.loss(f, weights[items[b, :, 0]].flatten()))
+            loss = self.step(corrector.LOSSES[cfg.loss](f, weights[items[b, :, 0]].flatten()))
             right = judger.accuracy(f.detach())
             s["losses"].append(loss), s["right"].append(right)
             if it % 10 == 0:
@@ -743,11 +753,47 @@ class Run:
             c[h] = -1
             lists[n] = np.argsort(-c, kind="stable")[:self.cfg.topk]
         row = metrics.report(self.ds.credit, user, [h[-self.cfg.history:] for h in history], lists,
-                             target, -np.log(count / count.sum())[target])
+                             target, -np.log(count / count.sum())[target],
+                             judger.TARGETS[self.cfg.target])
         unseen = len(self.ds.titles) - np.array([len(h) for h in history])
         return {"uniform": {"log_loss": math.log(len(self.ds.titles)),
                             f"HR@{self.cfg.topk}": float((self.cfg.topk / unseen).mean())},
                 "popularity": row}
+
+
+def tracker(cfg):
+    """-> a function of a log line, which hands its numbers on to the service asked for."""
+    try:
+        if cfg.track == "wandb":
+            import wandb
+            return wandb.init(project="nanoUFO", config=dataclasses.asdict(cfg),
+                              dir=cfg.out_dir).log
+        if cfg.track == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            writer, count = SummaryWriter(cfg.out_dir), itertools.count()
+
+            def write(line):
+                n = next(count)
+                for k, v in line.items():
+                    if isinstance(v, int | float):
+                        writer.add_scalar(f"{line['event']}/{k}", v, line.get("it", n))
+            return write
+    except ImportError as e:
+        raise data.InputError(f"--track={cfg.track}: {e}; pip install {cfg.track}") from None
+    return lambda line: None
+
+
+def trained(out_dir):
+    """The finished run in a folder, ready to be asked: a Run with data, catalog and policies."""
+    path = Path(out_dir) / "model.pt"
+    if not path.exists():
+        raise data.InputError(f"{path}: no such file; train.py writes it at the end of a run")
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    run = Run(Config(**saved["config"] | {"out_dir": str(out_dir)}), begin=False)
+    for stage in ("pretrain", "sft", "game"):
+        run.enter(stage)
+    run.load_weights(saved)
+    return run
 
 
 class Speed:
@@ -893,6 +939,9 @@ def finish(run):
                "yardsticks": yardsticks, "rows": plain, "skipped_steps": run.state["skipped"]}
     try:
         torch.save({"config": dataclasses.asdict(cfg)} | run.weights(), run.out / "model.pt")
+        if cfg.init_from != "scratch":
+            save_peft(run.policies.tuned, "player", run.out / "adapter", cfg.init_from,
+                      run.source.partition("@")[2] or None)
         (run.out / "results.json.new").write_text(json.dumps(results, indent=1))
         os.replace(run.out / "results.json.new", run.out / "results.json")
     except OSError as e:
