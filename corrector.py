@@ -26,5 +26,13 @@ def loss(f, weights):
     return (weights / weights.mean() * F.softplus(margin)).mean()
 
 
-# --loss=NAME; add a function of (f, weights) and its name
-LOSSES = {"logistic": loss}
+def sft(f, weights):
+    """Weighted fine-tuning, no game: f(y) is lam * log q(y) less what does not train, so -f(y) has
+    the gradient of the log-loss. With the weights of (8) this is reweighted SFT (IFairLRS), each
+    weight on its own sample.
+    """
+    return -(weights / weights.mean() * f[:, 0]).mean()
+
+
+# --loss=NAME; add a function of (f, weights) and its name. "both" is SPRec's: the game and SFT
+LOSSES = {"logistic": loss, "sft": sft, "both": lambda f, w: loss(f, w) + sft(f, w)}

@@ -100,6 +100,22 @@ def control(log_v, E_star, E_t, gamma, eps=1e-3, limit=np.log(10)):
     return np.clip(log_v + gamma * np.log((E_star + eps) / (E_t + eps)), -limit, limit)
 
 
+def fit_bias(scores, A, E_star, k, turns=60, gain=0.3):
+    """Post-hoc re-ranking, the free baseline: a bias beta(g) for every group, such that the top k
+    of scores (N, I) + A beta are exposed as E_star wants. The controller (7) again, turned on fixed
+    scores until it stands; of its turns, the one with the least MGU. -> beta (G,).
+    """
+    beta = best = np.zeros(A.shape[1])
+    least = np.inf
+    for _ in range(turns):
+        lists = np.argpartition(-(scores + A @ beta), k, axis=1)[:, :k]
+        E = metrics.exposure(*metrics.group_sums(A, lists))
+        if (unfair := metrics.mgu(E - E_star)) < least:
+            least, best = unfair, beta
+        beta = control(beta, E_star, E, gain)
+    return best
+
+
 def verdict_parts(E_star, E_pre, E_t, eps=1e-3):
     """The two parts of (7)'s error, for the log: (log E*/E_pre, log E_pre/E_t): pretraining's and
     fine-tuning's. (G,).

@@ -107,3 +107,20 @@ def report(A, users, histories, lists, targets, log_loss, fair=lambda E: E, n_bo
     row |= {"MGU_floor": float(mgu(gu_w - gu).mean()), "coverage": coverage(lists, len(A)),
             "div_ratio": div_ratio(lists), "or_ratio": or_ratio(lists)}
     return row | {"ci": ci, "E_star": star.tolist(), "E": e.tolist()}
+
+
+def difference(A, users, histories, a, b, targets, fair=lambda E: E, n_boot=1000):
+    """Policy a less policy b on the same cases, both resampled alike: lists a, b (N, K), the rest
+    as in `report` -> {metric: [difference, low, high]}, 95 %. MGU and DGU are shifted as there.
+    """
+    k, w = np.shape(a)[1], bootstrap_weights(users, n_boot, np.random.default_rng(0))
+    shown, found = group_sums(A, histories), {}
+    for name, x in ((f"HR@{k}", hits), (f"NDCG@{k}", ndcg)):
+        d = x(np.asarray(a), targets) - x(np.asarray(b), targets)
+        found[name] = [float(d.mean()), *interval(w @ d / w.sum(1))]
+    gu = [[exposure(*group_sums(A, lists), v) - fair(exposure(*shown, v)) for v in (None, w)]
+          for lists in (a, b)]
+    for name, f in ((f"MGU@{k}", mgu), (f"DGU@{k}", dgu)):
+        point, samples = (f(gu[0][j]) - f(gu[1][j]) for j in (0, 1))
+        found[name] = [float(point), *interval(samples - samples.mean() + point)]
+    return found

@@ -396,7 +396,8 @@ def save_peft(model, name, folder, base, revision=None):
     parts = [their.split(".")[1] for their in THEIRS.values() if "proj" in their]
     (folder / "adapter_config.json").write_text(json.dumps({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
-        "revision": revision, "r": rank, "lora_alpha": layer.scale * rank, "lora_dropout": 0.0, "bias": "none",
+        "revision": revision, "r": rank, "lora_alpha": layer.scale * rank, "lora_dropout": 0.0,
+        "bias": "none",
         "target_modules": parts, "inference_mode": True}, indent=1))
 
 

@@ -7,7 +7,8 @@
 Prints the top K of the pretrained, the fine-tuned (SFT) and the UFO model side by side, each title
 with its probability q(y|x) of (1) and its groups, and what share of every list each group takes,
 beside its share of the history (2), (3). Titles are matched without regard to case, accents,
-punctuation and the place of the article; the year is needed only where two titles are else the same.
+punctuation and the place of the article; the year is needed only where two titles would else be the
+same.
 """
 
 import difflib

@@ -258,15 +258,17 @@ class Search:
 
 @torch.no_grad()
 def play(policies, catalog, windows, places, n, tau, batch_size, alpha=1.0, progress=iter,
-         generator=None):
+         generator=None, negatives="sampled"):
     """A round of self-play: at every place in every window the opponent makes up n items, and all
     that the loss needs is scored.
 
     policies(name) -> model with that adapter switched on ("player" is the opponent q_t as the round
     begins, "sft" the frozen one). windows: R arrays of items; places (R,A): which of a window's
     titles are to be told from made-up ones (> 0, so that there is a history). progress wraps the
-    loop (tqdm). Returns items (R,A,1+n), the true one first, and log q_t and log q_sft of all of
-    them, (R,A,1+n) each; with alpha = 1, log q_sft is not needed and log q_t stands in its place.
+    loop (tqdm). negatives: "sampled" from the opponent; or its "top" n (SPRec), or "uniform" over
+    the catalog (DPO), to compare with. Returns items (R,A,1+n), the true one first, and log q_t and
+    log q_sft of all of them, (R,A,1+n) each; with alpha = 1, log q_sft is not needed and log q_t
+    stands in its place.
     """
     out, trie = [], catalog.trie
     for i in progress(range(0, len(windows), batch_size)):
@@ -275,7 +277,15 @@ def play(policies, catalog, windows, places, n, tau, batch_size, alpha=1.0, prog
         true = torch.as_tensor(np.stack([x[y] for x, y in zip(w, p)]),
                                device=trie.token.device).view(-1, 1)
         search = Search(policies("player"), trie, prompt)
-        items = torch.cat([true, search.sample(n, tau, generator)], 1)
+        if negatives == "sampled":
+            made_up = search.sample(n, tau, generator)
+        elif negatives == "top":
+            nothing_seen = true.new_zeros(len(true), len(trie.leaf), dtype=torch.bool)
+            made_up = Search(search.model, trie, prompt).top_k(n, nothing_seen)[0]
+        else:
+            made_up = torch.randint(len(trie.leaf), (len(true), n), generator=generator,
+                                    device=true.device)
+        items = torch.cat([true, made_up], 1)
         logq_t = search.score(items)
         logq_sft = logq_t if alpha == 1 else Search(policies("sft"), trie, prompt).score(items)
         out.append([x.view(len(w), -1, 1 + n) for x in (items, logq_t, logq_sft)])

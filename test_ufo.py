@@ -922,6 +922,43 @@ def test_popularity_groups_and_windows(toy):
     assert padding(batches) < 0.5 * padding(rng.permutation(np.ravel(batches)).reshape(12, 8))
 
 
+def test_differences_are_paired():
+    """Two policies that share nearly all lists: the difference is far surer than either figure."""
+    rng = np.random.default_rng(0)
+    users, targets = np.arange(400), rng.integers(50, size=400)
+    A = np.eye(5)[rng.integers(5, size=50)]
+    a = np.stack([rng.choice(50, 10, replace=False) for _ in users])
+    b = a.copy()
+    b[:20] = np.stack([rng.choice(50, 10, replace=False) for _ in range(20)])
+    shown = [rng.integers(50, size=12) for _ in users]
+    d = metrics.difference(A, users, shown, a, b, targets)
+    rows = [metrics.report(A, users, shown, x, targets, np.zeros(400)) for x in (a, b)]
+    for m in ("HR@10", "NDCG@10", "MGU@10", "DGU@10"):
+        assert d[m][0] == pytest.approx(rows[0][m] - rows[1][m]) and d[m][1] <= d[m][0] <= d[m][2]
+        assert d[m][2] - d[m][1] < 0.6 * (rows[0]["ci"][m][1] - rows[0]["ci"][m][0])
+    same = metrics.difference(A, users, shown, a, a, targets)
+    assert all(v == [0, 0, 0] for v in same.values())
+
+
+def test_rerank_bias_brings_lists_to_the_target():
+    rng = np.random.default_rng(1)
+    A = np.eye(4)[rng.integers(4, size=80)]
+    scores = rng.normal(size=(300, 80)) + A @ np.array([1.0, 0.3, 0.0, -0.8])
+    want = np.full(4, 0.25)
+    lists = lambda s: np.argsort(-s, axis=1)[:, :10]
+    unfair = lambda s: metrics.mgu(metrics.exposure(*metrics.group_sums(A, lists(s))) - want)
+    beta = judger.fit_bias(scores, A, want, 10)
+    assert unfair(scores) > 0.1 and unfair(scores + A @ beta) < 0.01
+
+
+def test_sft_as_a_loss_has_the_log_losss_gradient():
+    logq, w = torch.randn(6, 4, requires_grad=True), torch.rand(6)
+    ref = torch.randn(6, 4)
+    got, = torch.autograd.grad(corrector.sft(judger.score(logq, ref, ref, 1.0, 1.0), w), logq)
+    want, = torch.autograd.grad(-(w / w.mean() * logq[:, 0]).mean(), logq)
+    assert torch.allclose(got, want)
+
+
 # ---------------------------------------------------------------------- train.py
 
 def test_spaced_keeps_all_cases_of_its_users():
@@ -1235,6 +1272,21 @@ def test_out_of_memory_and_disk_errors_are_one_line(monkeypatch, capsys):
         assert train.cli([]) == 2
         said = capsys.readouterr().err
         assert want in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("method", sorted(set(train.METHODS) - {"ufo"}))
+def test_every_method_runs(tmp_path, method):
+    cfg = train.configure(["--method=" + method, *SMALL[:-3], "--rounds=1", "--max_users=30",
+                           "--num_negatives=3", "--branches=2", f"--out_dir={tmp_path}"]
+                          if method != "rerank" else ["--method=rerank", *SMALL[:3],
+                                                      "--max_users=30", f"--out_dir={tmp_path}"])
+    train.main(cfg)
+    rows = {r["stage"]: r for r in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    assert ("sft+rerank" if method == "rerank" else "ufo-1") in rows
+    assert rows["sft"]["less_sft"]["HR@10"] == [0, 0, 0]
+    assert rows["sft"]["log_loss"] < 9
+    if method == "rerank":
+        assert rows["sft+rerank"]["MGU@10"] < rows["sft"]["MGU@10"]
 
 
 def test_float16_leaves_out_overflowing_steps_and_counts_them(tmp_path):

@@ -81,6 +81,7 @@ class Config:
     eval_every: int = 250           # steps between looks at validation NDCG
     patience: int = 4               # looks without a better one before SFT stops (0: never)
     # self-play
+    method: str = "ufo"             # or a baseline or an ablation: a name in METHODS
     rounds: int = 4                 # T
     round_iters: int = 150          # corrector steps a round, on as many fresh batches
     lr: float = 2e-4                # of the corrector
@@ -90,12 +91,15 @@ class Config:
     lam: float = 1.0                # lambda of (6), (9): the strength of the anchor
     alpha: float = 1.0              # share of the opponent, not SFT, in the anchor; 1 is SPIN's
     gamma: float = 0.4              # gain of the controller (7); 0 turns the reweighting off
+    accumulate: bool = True         # log v is the sum of all rounds' verdicts, not the last alone
+    negatives: str = "sampled"      # from the opponent | its top S | uniform over the catalog
+    rerank: bool = False            # also add a group bias to SFT's and the last round's lists
 
 
 # what a data set changes; then what a model from scratch changes on MovieLens
 PRESETS = {
     "toy": dict(init_from="scratch", history=15, batch_size=32, eval_batch=200, pretrain_iters=700,
-                sft_window=16, sft_iters=180, sft_lr=3e-3, eval_every=60,
+                sft_window=16, sft_iters=180, sft_lr=3e-3, eval_every=180,
                 rounds=3, round_iters=30, lr=3e-4, num_negatives=8, gamma=0.5),
     "ml100k": dict(),
     "ml1m": dict(sft_iters=8000, eval_every=500, batch_size=32),
@@ -103,8 +107,22 @@ PRESETS = {
                     sft_window=31, sft_iters=2700, sft_lr=2e-3, eval_every=300, weight_decay=0.1,
                     lr=1.5e-3, round_iters=80, rounds=2),
 }
+# what a baseline or an ablation changes, over the same loop
+METHODS = {
+    "ufo": {},
+    "sft-more": dict(loss="sft", gamma=0.0),                # as many steps more of SFT
+    "spin": dict(num_negatives=1, gamma=0.0, temperature=1.0, alpha=1.0),
+    "ufo-mix": dict(alpha=0.5),                             # the geometric mixture as the anchor
+    "no-reweight": dict(gamma=0.0),
+    "one-shot": dict(gamma=1.0, accumulate=False),          # the verdict at once, not by degrees
+    "sprec": dict(negatives="top", num_negatives=1, loss="both", gamma=0.0),
+    "dpo": dict(negatives="uniform", alpha=0.0, gamma=0.0),         # anchored to the SFT model
+    "ifairlrs": dict(loss="sft"),                           # SFT with the weights (8)
+    "rerank": dict(rounds=0, rerank=True),                  # no training, a bias a group
+}
 CHOICES = {
     "group_by": data.GROUPINGS, "target": judger.TARGETS, "loss": corrector.LOSSES,
+    "method": METHODS, "negatives": ("sampled", "top", "uniform"),
     "track": ("", "wandb", "tensorboard"),
     "tokens": ("text", "items"),
     "device": ("auto", "cuda", "cpu", "mps"),
@@ -176,6 +194,7 @@ def configure(argv):
     preset = dict(PRESETS[name]) if name in known else {}
     if name != "toy" and typed.get("init_from") == "scratch":
         preset |= PRESETS["scratch"]
+    preset |= METHODS.get(typed.get("method"), {})
     cfg = Config(**(preset | typed))
     cfg.out_dir = cfg.out_dir or f"out/{Path(cfg.dataset).resolve().name}"
     if cfg.resume and (checkpoint := read_checkpoint(Path(cfg.out_dir))):
@@ -577,17 +596,22 @@ class Run:
                 seen[row, history[n]] = True
             items, _, n_run = search.top_k(cfg.topk, seen, self.width(len(b)))
             lists[b], run = items.cpu().numpy(), run + int(n_run.sum())
+        return self.record(stage, split, over, (user, history, target), lists, log_loss,
+                           run / len(user), time.time() - t0)
+
+    def record(self, stage, split, over, cases, lists, log_loss, prefixes=0.0, seconds=0.0):
+        """Report on lists (N, K) and log_loss (N,) of a stage, log and print it, keep it."""
+        (user, history, target), cfg = cases, self.cfg
         row = metrics.report(self.ds.credit, user, [h[-cfg.history:] for h in history], lists,
                              target, log_loss, judger.TARGETS[cfg.target])
         k = cfg.topk
-        self.log(event="eval", stage=stage, split=split, over=over, prefixes=run / len(user),
-                 seconds=time.time() - t0,
-                 **{m: row[m] for m in row if m not in ("ci", "E", "E_star")})
+        self.log(event="eval", stage=stage, split=split, over=over, prefixes=prefixes,
+                 seconds=seconds, **{m: row[m] for m in row if m not in ("ci", "E", "E_star")})
         print(f"[{self.minutes():5.1f} min] {stage:>14} {split:4} {over:5} HR@{k} "
               f"{row[f'HR@{k}']:.4f}  NDCG@{k} {row[f'NDCG@{k}']:.4f}  "
               f"MGU@{k} {row[f'MGU@{k}']:.4f}  DGU@{k} {row[f'DGU@{k}']:.4f}  log-loss "
               f"{row['log_loss']:.3f}  coverage {row['coverage']:.3f}  "
-              f"({run / len(user):.0f} prefixes a user, {time.time() - t0:.0f} s)", flush=True)
+              f"({prefixes:.0f} prefixes a user, {seconds:.0f} s)", flush=True)
         row |= {"stage": stage, "split": split, "over": over, "lists": lists.tolist(),
                 "minutes": round(self.minutes(), 2), "collapsed": False}
         sft = self.state["measured"].get(f"sft {split} {over}")
@@ -597,8 +621,41 @@ class Run:
             print(f"!! COLLAPSED: the lists of {stage} cover {row['coverage']:.3f} of the catalog, "
                   f"under {COLLAPSE:.0%} of SFT's {sft['coverage']:.3f}", flush=True)
         # plain numbers and lists, as NumPy's own would have to be unpickled
+        key = f"{stage} {split} {over}"
         self.state["measured"][key] = json.loads(json.dumps(row))
         return self.state["measured"][key]
+
+    @torch.no_grad()
+    def rerank(self, policy, stage):
+        """The baseline without training: a bias for every group, fitted on the validation lists of
+        a policy (`judger.fit_bias`) and added to its log q on both splits.
+        """
+        cfg, A, beta = self.cfg, self.ds.credit, None
+        if f"{stage}+rerank test trie" in self.state["measured"]:
+            return
+        model = self.policies(policy).eval()
+        everything = torch.arange(len(self.ds.titles), device=self.device)
+        for split in ("val", "test"):
+            user, history, target = self.cases[split]
+            scores = np.empty((len(user), len(everything)))
+            for i in tqdm(range(0, len(user), cfg.eval_batch), f"{stage}+rerank {split}",
+                          leave=False, disable=None):
+                self.breathe()
+                prompt = self.catalog.prompts(history[i:i + cfg.eval_batch], self.device)
+                search = selfplay.Search(model, self.catalog.trie, prompt)
+                scores[i:i + cfg.eval_batch] = search.score(everything.expand(
+                    len(prompt[0]), -1)).cpu().double().numpy()
+            biased = scores.copy()
+            for n, h in enumerate(history):
+                biased[n, h] = -np.inf
+            if beta is None:
+                row = self.state["measured"][f"{stage} val trie"]
+                beta = judger.fit_bias(biased, A, np.array(row["E_star"]), cfg.topk)
+            scores += A @ beta
+            norm = np.logaddexp.reduce(scores, axis=1)
+            lists = np.argsort(-(biased + A @ beta), axis=1, kind="stable")[:, :cfg.topk]
+            self.record(f"{stage}+rerank", split, "trie", (user, history, target), lists,
+                        norm - scores[np.arange(len(user)), target])
 
     # ------------------------------------------------------------------ the stages
 
@@ -679,7 +736,8 @@ class Run:
         """
         val = self.state["measured"][f"{f'ufo-{t - 1}' if t > 1 else 'sft'} val trie"]
         E_star, E_t = np.array(val["E_star"]), np.array(val["E"])
-        log_v = judger.control(np.array(self.state["log_v"]), E_star, E_t, self.cfg.gamma)
+        log_v = np.array(self.state["log_v"]) * self.cfg.accumulate
+        log_v = judger.control(log_v, E_star, E_t, self.cfg.gamma)
         from_pretraining, from_tuning = judger.verdict_parts(E_star, E_pre, E_t)
         g = int(log_v.argmax())
         print(f"round {t}: judge: log v from {log_v.min():+.2f} to {log_v.max():+.2f}, most "
@@ -700,7 +758,7 @@ class Run:
         generator = torch.Generator(self.device).manual_seed(1000 * cfg.seed + t)
         return selfplay.play(self.policies, self.catalog, windows, places, cfg.num_negatives,
                              cfg.temperature, max(1, cfg.eval_batch // cfg.branches), cfg.alpha,
-                             bar, generator)
+                             bar, generator, cfg.negatives)
 
     def correct(self, windows, places, weights):
         """A round's corrector steps: minimise (9) on what was played."""
@@ -935,6 +993,12 @@ def finish(run):
     results_table(rows, yardsticks, cfg.topk)
     kept = {key: v for key, v in dataclasses.asdict(cfg).items() if key not in PLACES}
     plain = [{key: v for key, v in row.items() if key not in ("lists", "minutes")} for row in rows]
+    user, history, target = run.cases["test"]
+    for row, full in zip(plain, rows):
+        if len(full["lists"]) == len(user):     # not measured on fewer users
+            row["less_sft"] = metrics.difference(
+                run.ds.credit, user, [h[-cfg.history:] for h in history], full["lists"],
+                sft["lists"], target, judger.TARGETS[cfg.target])
     results = {"config": kept, "versions": versions(run), "origins": origins,
                "yardsticks": yardsticks, "rows": plain, "skipped_steps": run.state["skipped"]}
     try:
@@ -983,6 +1047,10 @@ def main(cfg):
         run.measure("sft", "val")
         while run.state["round"] <= cfg.rounds:
             run.round(run.state["round"], E_pre)
+        if cfg.rerank:
+            run.rerank("sft", "sft")
+            if cfg.rounds:
+                run.rerank("player", f"ufo-{cfg.rounds}")
         finish(run)
     finally:
         signal.signal(signal.SIGINT, before)
