@@ -99,9 +99,9 @@ def show(a):
     print(f"history: {'; '.join(a['history'])}\n")
     cut = lambda text, n: text if len(text) <= n else text[:n - 1] + "…"
     line = lambda x: f"{x['probability']:7.2%} {cut(x['title'], 28)} ({', '.join(x['groups'])})"
-    print("   " + "".join(f"{name:<52}" for name in a["lists"]))
+    print("   " + "".join(f"{name:<52}" for name in a["lists"]).rstrip())
     for n, row in enumerate(zip(*a["lists"].values()), 1):
-        print(f"{n:2} " + "".join(f"{cut(line(x), 50):<52}" for x in row))
+        print(f"{n:2} " + "".join(f"{cut(line(x), 50):<52}" for x in row).rstrip())
     print(f"\n{'share of':>20} " + "".join(f"{name:>11}" for name in a["exposure"]))
     for g in sorted(a["exposure"]["history"], key=a["exposure"]["history"].get, reverse=True):
         if any(e[g] for e in a["exposure"].values()):

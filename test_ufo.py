@@ -1289,6 +1289,38 @@ def test_every_method_runs(tmp_path, method):
         assert rows["sft+rerank"]["MGU@10"] < rows["sft"]["MGU@10"]
 
 
+def test_grid_goes_on_where_it_was_and_makes_the_table(tmp_path, capsys, monkeypatch):
+    import grid
+    small = [*SMALL[:3], "--rounds=1", *SMALL[4:5], "--max_users=30", "--branches=2",
+             "--num_negatives=2", f"--grid_dir={tmp_path}"]
+    args = ["--methods=ufo,rerank", "--seeds=0,1", *small]
+    calls = []
+
+    def in_process(command, **kw):
+        calls.append(command[2:])
+        return type("Done", (), {"returncode": train.cli(command[2:])})
+    monkeypatch.setattr(grid.subprocess, "run", in_process)
+    assert grid.cli(args) == 0 and len(calls) == 4
+    lines = capsys.readouterr().out.splitlines()[-5:]
+    assert [x.split("|")[1].strip() for x in lines] == ["method", "---", "sft", "rerank", "ufo"]
+    rows = [json.loads((tmp_path / "toy" / f"ufo-{s}" / "results.json").read_text())
+            for s in (0, 1)]
+    hr = [next(r["HR@10"] for r in x["rows"] if r["stage"] == x["chosen"]) for x in rows]
+    assert f"{np.mean(hr):.4f} ± {np.std(hr, ddof=1):.4f}" in lines[-1]
+    (tmp_path / "toy" / "ufo-1" / "results.json").unlink()
+    assert grid.cli(args) == 0 and len(calls) == 5 and "--seed=1" in calls[-1]
+    assert grid.cli(["--table", f"--grid_dir={tmp_path}"]) == 0 and len(calls) == 5
+    for bad, why in (("--methods=uffo", "did you mean ufo"), ("--seeds=a", "whole numbers")):
+        assert grid.cli([bad, f"--grid_dir={tmp_path}"]) == 2
+        assert why in capsys.readouterr().err
+
+
+def test_the_round_is_chosen_by_validation():
+    row = lambda stage, ndcg, mgu: {"stage": stage, "NDCG@10": ndcg, "MGU@10": mgu}
+    rows = [row("sft", 0.10, 0.05), row("ufo-1", 0.097, 0.02), row("ufo-2", 0.09, 0.01)]
+    assert train.choose(rows, 10) == "ufo-1" and train.choose(rows[:1], 10) == "sft"
+
+
 def test_float16_leaves_out_overflowing_steps_and_counts_them(tmp_path):
     run = train.Run(train.configure([*SMALL, "--dtype=float16", "--device=cpu",
                                      f"--out_dir={tmp_path}"]))

@@ -982,17 +982,29 @@ def versions(run):
                     "device": f"{run.device.type} {card}", "dtype": str(run.dtype)[6:]}
 
 
+def choose(rows, k, keep=0.95):
+    """The stage to ship, by validation rows alone (SFT's first): of those that keep 95 % of SFT's
+    NDCG, the one with the least MGU.
+    """
+    good = [r for r in rows if r[f"NDCG@{k}"] >= keep * rows[0][f"NDCG@{k}"]]
+    return min(good, key=lambda r: r[f"MGU@{k}"])["stage"]
+
+
 def finish(run):
     """The reports, results.json and model.pt; the checkpoints go."""
     cfg, k = run.cfg, f"MGU@{run.cfg.topk}"
     rows = [row for row in run.state["measured"].values() if row["split"] == "test"]
+    val = [row for row in run.state["measured"].values() if row["split"] == "val"]
+    played = [r for r in val if r["stage"] == "sft" or r["stage"].startswith("ufo")]
+    chosen = choose([r for r in played if "rerank" not in r["stage"]], cfg.topk)
     pre, sft, last = rows[0], run.measure("sft", "test"), rows[-1]
     yardsticks = run.yardsticks()
     origins = origin_report(run, pre, sft, last)
     example_lists(run, sft, last)
     results_table(rows, yardsticks, cfg.topk)
     kept = {key: v for key, v in dataclasses.asdict(cfg).items() if key not in PLACES}
-    plain = [{key: v for key, v in row.items() if key not in ("lists", "minutes")} for row in rows]
+    strip = lambda row: {key: v for key, v in row.items() if key not in ("lists", "minutes")}
+    plain = [strip(row) for row in rows]
     user, history, target = run.cases["test"]
     for row, full in zip(plain, rows):
         if len(full["lists"]) == len(user):     # not measured on fewer users
@@ -1000,7 +1012,8 @@ def finish(run):
                 run.ds.credit, user, [h[-cfg.history:] for h in history], full["lists"],
                 sft["lists"], target, judger.TARGETS[cfg.target])
     results = {"config": kept, "versions": versions(run), "origins": origins,
-               "yardsticks": yardsticks, "rows": plain, "skipped_steps": run.state["skipped"]}
+               "yardsticks": yardsticks, "rows": plain, "chosen": chosen,
+               "validation": [strip(row) for row in val], "skipped_steps": run.state["skipped"]}
     try:
         torch.save({"config": dataclasses.asdict(cfg)} | run.weights(), run.out / "model.pt")
         if cfg.init_from != "scratch":
@@ -1016,6 +1029,7 @@ def finish(run):
     run.log(event="done", compiled_graphs=graphs, peak_memory_gib=memory)
     for path in run.out.glob("checkpoint*.pt"):
         path.unlink()
+    print(f"by validation, {chosen} is the model to ship")
     print(f"{k}: {last[k] / sft[k] - 1:+.0%} against SFT; {run.minutes():.1f} minutes in all, at "
           f"most {memory:.1f} GiB, {graphs} compiled graphs, {run.state['skipped']} steps left out "
           f"for overflow; results in {run.out}/results.json")
