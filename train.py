@@ -1083,8 +1083,8 @@ def cli(argv):
             why = f"{e.filename}: {e.strerror}"
         print(f"error: {why}", file=sys.stderr)
         return 2
-    except Stopped as e:
-        print(f"\n{e}")
+    except (Stopped, KeyboardInterrupt) as e:
+        print(f"\n{str(e) or 'stopped before there was anything new to save'}")
         return 130
 
 
