@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import data
-from train import METHODS, nearest, parse
+from train import METHODS, PLACES, Config, nearest, parse
 
 
 @dataclass
@@ -32,22 +32,37 @@ class Grid:
     table: bool = False         # only make the table
 
 
+def launch(command, log):
+    """Run a command to its end, also through Ctrl-C, which it too gets and saves itself on."""
+    with subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            return process.wait()
+
+
 def run(cfg, method, seed, rest):
     """One cell: train.py in its own folder, unless it is finished. Its output is kept in run.log.
-    What makes the method what it is wins over the options given for all.
+    What makes the method what it is wins over the options given for all. InputError where a
+    finished cell has other options, or the run fails.
     """
-    out = Path(cfg.grid_dir) / Path(cfg.dataset).name / f"{method}-{seed}"
+    out = Path(cfg.grid_dir) / Path(cfg.dataset).resolve().name / f"{method}-{seed}"
+    rest = [a for a in rest if a.partition("=")[0][2:] not in METHODS[method]]
     if (out / "results.json").exists():
+        was = json.loads((out / "results.json").read_text())["config"]
+        other = [f"{k} was {was.get(k)}" for k, v in parse(rest, Config).items()
+                 if k not in PLACES and was.get(k) != v]
+        if other:
+            raise data.InputError(f"{out} was run with other options: {', '.join(other)}; use "
+                                  f"another --grid_dir")
         return
     out.mkdir(parents=True, exist_ok=True)
-    begun = any(out.glob("checkpoint*.pt"))
-    rest = [a for a in rest if a.partition("=")[0][2:] not in METHODS[method]]
-    options = ["--resume"] if begun else [f"--dataset={cfg.dataset}", f"--method={method}",
-                                          f"--seed={seed}", *rest]
+    begun = any((out / f"checkpoint{x}.pt").exists() for x in ("", ".previous"))
     print(f"{out}: {'going on' if begun else 'begun'}", flush=True)
     with open(out / "run.log", "a") as log:
-        code = subprocess.run([sys.executable, Path(__file__).parent / "train.py", *options,
-                               f"--out_dir={out}"], stdout=log, stderr=log).returncode
+        code = launch([sys.executable, str(Path(__file__).parent / "train.py"), *rest,
+                       f"--dataset={cfg.dataset}", f"--method={method}", f"--seed={seed}",
+                       f"--out_dir={out}", *["--resume"] * begun], log)
     if code:
         raise data.InputError(f"{out}: train.py ended with {code}; see run.log there")
 
@@ -91,6 +106,8 @@ def cli(argv):
     try:
         cfg = Grid(**parse([a for a in argv if a.partition("=")[0] in own], Grid))
         rest = [a for a in argv if a.partition("=")[0] not in own]
+        if twice := {"method", "seed", "out_dir"} & set(parse(rest, Config)):
+            raise data.InputError(f"--{min(twice)}: a grid has --methods, --seeds and --grid_dir")
         for method in cfg.methods.split(","):
             if method not in METHODS:
                 raise data.InputError(f"--methods: {method}: not known{nearest(method, METHODS)}")
@@ -100,7 +117,7 @@ def cli(argv):
             for seed in cfg.seeds.split(","):
                 for method in cfg.methods.split(","):
                     run(cfg, method, seed, rest)
-        print(table(Path(cfg.grid_dir) / Path(cfg.dataset).name))
+        print(table(Path(cfg.grid_dir) / Path(cfg.dataset).resolve().name))
         return 0
     except data.InputError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -155,7 +155,7 @@ class Block(nn.Module):
             n = c.n_heads // c.n_kv_heads
             y = F.scaled_dot_product_attention(q.reshape(B, c.n_kv_heads, n * T, c.head_dim), k, v,
                                                attn_mask=mask.repeat(1, 1, n, 1))
-            y = y.view(B, c.n_heads, T, c.head_dim)
+            y = y.reshape(B, c.n_heads, T, c.head_dim)
         return self.o(y.transpose(1, 2).reshape(B, T, -1))
 
     def forward(self, x, cos, sin, mask=None, kv=None):

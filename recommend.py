@@ -85,7 +85,7 @@ def answer(run, history, k):
     ds, shown = run.ds, history[-run.cfg.history:]
     groups = lambda i: [g for g, c in zip(ds.groups, ds.credit[i]) if c]
     share = lambda items: dict(zip(ds.groups, metrics.exposure(*metrics.group_sums(
-        ds.credit, [np.asarray(items)])).tolist()))
+        ds.credit, [np.asarray(items, int)])).tolist() if len(items) else [0.0] * len(ds.groups)))
     lists = recommend(run, history, k)
     return {"history": [ds.titles[i] for i in shown],
             "lists": {name: [{"title": ds.titles[i], "probability": p, "groups": groups(i)}

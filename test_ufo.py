@@ -1090,7 +1090,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_never_was(tmp_path):
         assert run.wait() in (0, -9, 130), said[-2000:]
         assert run.returncode != 130 or "stopped and saved; to go on: python train.py --resume" \
             in said or "stopped before" in said
-        if any(broken.glob("checkpoint*.pt")):
+        if any((broken / f"checkpoint{x}.pt").exists() for x in ("", ".previous")):
             args = ["--resume", f"--out_dir={broken}"]
     assert kills == 10 and len(resumed) > 1, resumed
     assert (broken / "results.json").read_bytes() == (whole / "results.json").read_bytes()
@@ -1127,6 +1127,24 @@ def test_resume_refuses_other_options_and_survives_damage(tmp_path, capsys):
     assert run.state["it"] == 1 and "checkpoint.pt is damaged" in capsys.readouterr().out
     (out / "checkpoint.previous.pt").write_bytes(b"short")
     assert train.read_checkpoint(out) is None
+    # with nothing whole to go on from, it does not begin something else
+    for folder in (out, tmp_path / "typo"):
+        with pytest.raises(data.InputError, match="no whole checkpoint"):
+            train.configure(["--resume", f"--out_dir={folder}"])
+
+
+def test_resume_keeps_its_places_and_its_data(tmp_path):
+    out = tmp_path / "out"
+    run = train.Run(train.configure([*SMALL, f"--out_dir={out}", "--data_dir=elsewhere",
+                                     "--save_every=7"]))
+    run.save()
+    cfg = train.configure(["--resume", f"--out_dir={out}"])
+    assert cfg.data_dir == "elsewhere" and cfg.save_every == 7
+    assert train.configure(["--resume", f"--out_dir={out}", "--save_every=8"]).save_every == 8
+    run.source = "another base"
+    run.save()
+    with pytest.raises(data.InputError, match="was begun on .'another base', 250"):
+        train.Run(cfg)
 
 
 def test_full_disk_loses_neither_run_nor_checkpoint(tmp_path, monkeypatch, capsys):
@@ -1305,10 +1323,10 @@ def test_grid_goes_on_where_it_was_and_makes_the_table(tmp_path, capsys, monkeyp
     args = ["--methods=ufo,rerank", "--seeds=0,1", *small]
     calls = []
 
-    def in_process(command, **kw):
+    def in_process(command, log):
         calls.append(command[2:])
-        return type("Done", (), {"returncode": train.cli(command[2:])})
-    monkeypatch.setattr(grid.subprocess, "run", in_process)
+        return train.cli(command[2:])
+    monkeypatch.setattr(grid, "launch", in_process)
     assert grid.cli(args) == 0 and len(calls) == 4
     lines = capsys.readouterr().out.splitlines()[-5:]
     assert [x.split("|")[1].strip() for x in lines] == ["method", "---", "sft", "rerank", "ufo"]
@@ -1319,7 +1337,8 @@ def test_grid_goes_on_where_it_was_and_makes_the_table(tmp_path, capsys, monkeyp
     (tmp_path / "toy" / "ufo-1" / "results.json").unlink()
     assert grid.cli(args) == 0 and len(calls) == 5 and "--seed=1" in calls[-1]
     assert grid.cli(["--table", f"--grid_dir={tmp_path}"]) == 0 and len(calls) == 5
-    for bad, why in (("--methods=uffo", "did you mean ufo"), ("--seeds=a", "whole numbers")):
+    for bad, why in (("--methods=uffo", "did you mean ufo"), ("--seeds=a", "whole numbers"),
+                     ("--seed=1", "has --methods, --seeds"), ("--topk=5", "topk was 10")):
         assert grid.cli([bad, f"--grid_dir={tmp_path}"]) == 2
         assert why in capsys.readouterr().err
 

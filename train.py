@@ -197,14 +197,19 @@ def configure(argv):
     preset |= METHODS.get(typed.get("method"), {})
     cfg = Config(**(preset | typed))
     cfg.out_dir = cfg.out_dir or f"out/{Path(cfg.dataset).resolve().name}"
-    if cfg.resume and (checkpoint := read_checkpoint(Path(cfg.out_dir))):
+    out = Path(cfg.out_dir)
+    if cfg.resume and (checkpoint := read_checkpoint(out)):
         saved = checkpoint["config"]
         other = [f"{k} was {saved.get(k)}" for k in typed if k not in PLACES
                  and typed[k] != saved.get(k)]
         if other:
             raise data.InputError(f"--resume: {cfg.out_dir} was begun with other options: "
                                   f"{', '.join(other)}; leave them out, or use another --out_dir")
-        cfg = Config(**(saved | {k: getattr(cfg, k) for k in PLACES}))
+        places = {k: typed[k] for k in PLACES if k in typed}
+        cfg = Config(**(saved | places | {"out_dir": cfg.out_dir, "resume": True}))
+    elif cfg.resume and "dataset" not in typed and not (out / "results.json").exists():
+        raise data.InputError(f"--resume: no whole checkpoint in {out}; begin there without "
+                              f"--resume, or name another --out_dir")
     check(cfg)
     for key in ("temperature", "sft_lr", "lr", "pretrain_lr"):
         if not getattr(cfg, key) > 0:
@@ -274,6 +279,7 @@ def peak_memory(device):
 def write_checkpoint(folder, content):
     """folder/checkpoint.pt: a SHA-256 and a torch file. Written beside and renamed, after the one
     before it was renamed to checkpoint.previous.pt: killed at any moment, a whole one is there.
+    Returns whether it could be written.
     """
     body = io.BytesIO()
     torch.save(content, body)
@@ -291,6 +297,8 @@ def write_checkpoint(folder, content):
         new.unlink(missing_ok=True)
         print(f"!! {now} could not be written ({e.strerror}); the one before it is whole",
               flush=True)
+        return False
+    return True
 
 
 def read_checkpoint(folder):
@@ -398,6 +406,9 @@ class Run:
             self.enter(stage)
             if stage == checkpoint["state"]["stage"]:
                 break
+        if checkpoint["made_of"] != self.made_of():
+            raise data.InputError(f"--resume: {out} was begun on {checkpoint['made_of']}, here is "
+                                  f"{self.made_of()}: give it the same --data_dir and model")
         self.state = checkpoint["state"]
         self.load_weights(checkpoint)
         self.opt.load_state_dict(checkpoint["optimizer"])
@@ -411,6 +422,10 @@ class Run:
         s = self.state
         where = f"round {s['round']}, " if s["stage"] == "game" else ""
         print(f"going on from {s['stage']}, {where}step {s['it']}, minute {s['minutes']:.1f}")
+
+    def made_of(self):
+        """[base model, titles, interactions]: a run must not go on with others."""
+        return [self.source, len(self.ds.titles), sum(map(len, self.ds.histories))]
 
     def weights(self):
         """What this run has trained or drawn, to be saved: all weights from scratch, else the
@@ -430,19 +445,20 @@ class Run:
     def save(self):
         self.state["minutes"] = self.minutes()
         cuda = {"cuda_rng": torch.cuda.get_rng_state()} if self.device.type == "cuda" else {}
-        write_checkpoint(self.out, self.weights() | cuda | {
-            "config": dataclasses.asdict(self.cfg), "state": self.state,
+        done = write_checkpoint(self.out, self.weights() | cuda | {
+            "config": dataclasses.asdict(self.cfg), "state": self.state, "made_of": self.made_of(),
             "optimizer": self.opt.state_dict(), "scaler": self.scaler.state_dict(),
             "rng": torch.get_rng_state(), "log_size": self.log_file.tell()})
         self.saved = time.time()
+        return done
 
     def breathe(self):
         """Called wherever the state is whole: saves now and then, and stops if Ctrl-C was hit."""
-        if self.stop or time.time() - self.saved >= self.cfg.save_every:
-            self.save()
+        done = self.stop or time.time() - self.saved >= self.cfg.save_every
+        done = self.save() if done else False
         if self.stop:
-            raise Stopped(f"stopped and saved; to go on: python train.py --resume "
-                          f"--out_dir={self.cfg.out_dir}")
+            raise Stopped(f"stopped {'and saved' if done else 'but NOT saved'}; to go on: python "
+                          f"train.py --resume --out_dir={self.cfg.out_dir}")
 
     def steps(self, name, total):
         """The steps of a stage that are still to be made, with a bar."""
@@ -653,7 +669,9 @@ class Run:
                 beta = judger.fit_bias(biased, A, np.array(row["E_star"]), cfg.topk)
             scores += A @ beta
             norm = np.logaddexp.reduce(scores, axis=1)
-            lists = np.argsort(-(biased + A @ beta), axis=1, kind="stable")[:, :cfg.topk]
+            biased += A @ beta
+            lists = np.argsort(-biased, axis=1, kind="stable")[:, :cfg.topk]
+            lists[~np.isfinite(np.take_along_axis(biased, lists, 1))] = -1    # seen, all of them
             self.record(f"{stage}+rerank", split, "trie", (user, history, target), lists,
                         norm - scores[np.arange(len(user)), target])
 
@@ -792,11 +810,11 @@ class Run:
                                   dtype=torch.float32, device=self.device)
         self.correct(windows, places, weights)
         loss, right = np.mean(s["losses"]), np.mean(s["right"])
-        self.log(event="round", round=t, loss=loss, judger_accuracy=right)
         print(f"round {t}: play and correct: loss {loss:.3f} (log(1 + S) = "
               f"{math.log(1 + cfg.num_negatives):.3f}), judger right on {right:.3f} of pairs")
         for split in ("val", "test"):
             self.measure("player", split, stage=f"ufo-{t}")
+        self.log(event="round", round=t, loss=loss, judger_accuracy=right)
         s |= {"round": t + 1, "played": None, "it": 0}
 
     def yardsticks(self):
@@ -846,8 +864,12 @@ def trained(out_dir):
     path = Path(out_dir) / "model.pt"
     if not path.exists():
         raise data.InputError(f"{path}: no such file; train.py writes it at the end of a run")
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    run = Run(Config(**saved["config"] | {"out_dir": str(out_dir)}), begin=False)
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:              # torch's, zipfile's and pickle's, which share no parent
+        raise data.InputError(f"{path}: damaged ({type(e).__name__}); train again") from None
+    here = {"out_dir": str(out_dir), "device": "auto", "dtype": "auto"}
+    run = Run(Config(**saved["config"] | here), begin=False)
     for stage in ("pretrain", "sft", "game"):
         run.enter(stage)
     run.load_weights(saved)
@@ -997,7 +1019,8 @@ def finish(run):
     val = [row for row in run.state["measured"].values() if row["split"] == "val"]
     played = [r for r in val if r["stage"] == "sft" or r["stage"].startswith("ufo")]
     chosen = choose([r for r in played if "rerank" not in r["stage"]], cfg.topk)
-    pre, sft, last = rows[0], run.measure("sft", "test"), rows[-1]
+    pre, sft = rows[0], run.measure("sft", "test")
+    last = [row for row in rows if "+rerank" not in row["stage"]][-1]
     yardsticks = run.yardsticks()
     origins = origin_report(run, pre, sft, last)
     example_lists(run, sft, last)
@@ -1017,8 +1040,9 @@ def finish(run):
     try:
         torch.save({"config": dataclasses.asdict(cfg)} | run.weights(), run.out / "model.pt")
         if cfg.init_from != "scratch":
-            save_peft(run.policies.tuned, "player", run.out / "adapter", cfg.init_from,
-                      run.source.partition("@")[2] or None)
+            stand_in = "==" in run.source       # not the weights that init_from names: say which
+            save_peft(run.policies.tuned, "player", run.out / "adapter", run.source if stand_in
+                      else cfg.init_from, run.source.partition("@")[2] or None)
         (run.out / "results.json.new").write_text(json.dumps(results, indent=1))
         os.replace(run.out / "results.json.new", run.out / "results.json")
     except OSError as e:
@@ -1029,7 +1053,7 @@ def finish(run):
     run.log(event="done", compiled_graphs=graphs, peak_memory_gib=memory)
     for path in run.out.glob("checkpoint*.pt"):
         path.unlink()
-    print(f"by validation, {chosen} is the model to ship")
+    print(f"by validation, {chosen} is the one to choose (model.pt holds SFT and the last round)")
     print(f"{k}: {last[k] / sft[k] - 1:+.0%} against SFT; {run.minutes():.1f} minutes in all, at "
           f"most {memory:.1f} GiB, {graphs} compiled graphs, {run.state['skipped']} steps left out "
           f"for overflow; results in {run.out}/results.json")
