@@ -35,7 +35,7 @@ import data
 import judger
 import selfplay
 from model import Model, ModelConfig
-from train import check, choose_device, matmul_peak, parse, peak_memory
+from train import check, choose_device, exit_code, matmul_peak, parse, peak_memory
 
 
 @dataclass
@@ -431,8 +431,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    try:
-        main(check(Bench(**parse(sys.argv[1:], Bench))))
-    except data.InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code(lambda: main(check(Bench(**parse(sys.argv[1:], Bench))))))

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import data
-from train import METHODS, PLACES, Config, nearest, parse
+from train import METHODS, PLACES, Config, exit_code, nearest, parse
 
 
 @dataclass
@@ -100,28 +100,26 @@ def table(folder):
     return "\n".join(lines)
 
 
-def cli(argv):
-    """-> the exit code."""
+def main(argv):
     own = tuple(f"--{k}" for k in Grid.__dataclass_fields__)
-    try:
-        cfg = Grid(**parse([a for a in argv if a.partition("=")[0] in own], Grid))
-        rest = [a for a in argv if a.partition("=")[0] not in own]
-        if twice := {"method", "seed", "out_dir"} & set(parse(rest, Config)):
-            raise data.InputError(f"--{min(twice)}: a grid has --methods, --seeds and --grid_dir")
-        for method in cfg.methods.split(","):
-            if method not in METHODS:
-                raise data.InputError(f"--methods: {method}: not known{nearest(method, METHODS)}")
-        if not all(s.isdigit() for s in cfg.seeds.split(",")):
-            raise data.InputError(f"--seeds={cfg.seeds}: expected whole numbers and commas")
-        if not cfg.table:
-            for seed in cfg.seeds.split(","):
-                for method in cfg.methods.split(","):
-                    run(cfg, method, seed, rest)
-        print(table(Path(cfg.grid_dir) / Path(cfg.dataset).resolve().name))
-        return 0
-    except data.InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    cfg = Grid(**parse([a for a in argv if a.partition("=")[0] in own], Grid))
+    rest = [a for a in argv if a.partition("=")[0] not in own]
+    if twice := {"method", "seed", "out_dir"} & set(parse(rest, Config)):
+        raise data.InputError(f"--{min(twice)}: a grid has --methods, --seeds and --grid_dir")
+    for method in cfg.methods.split(","):
+        if method not in METHODS:
+            raise data.InputError(f"--methods: {method}: not known{nearest(method, METHODS)}")
+    if not all(s.isdigit() for s in cfg.seeds.split(",")):
+        raise data.InputError(f"--seeds={cfg.seeds}: expected whole numbers and commas")
+    if not cfg.table:
+        for seed in cfg.seeds.split(","):
+            for method in cfg.methods.split(","):
+                run(cfg, method, seed, rest)
+    print(table(Path(cfg.grid_dir) / Path(cfg.dataset).resolve().name))
+
+
+def cli(argv):
+    return exit_code(lambda: main(argv))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ punctuation and the place of the article; the year is needed only where two titl
 same.
 """
 
+import contextlib
 import difflib
 import json
 import sys
@@ -23,7 +24,7 @@ import torch
 import data
 import metrics
 import selfplay
-from train import check, parse, trained
+from train import check, exit_code, parse, trained
 
 POLICIES = {"pretrained": "pretrained", "sft": "sft", "ufo": "player"}
 
@@ -108,32 +109,27 @@ def show(a):
             print(f"{g:>20} " + "".join(f"{e[g]:11.1%}" for e in a["exposure"].values()))
 
 
+def main(argv):
+    cfg = check(Ask(**parse([a for a in argv if a.startswith("--")], Ask)))
+    titles = [a for a in argv if not a.startswith("--")]
+    if bool(titles) == bool(cfg.user):
+        raise data.InputError('give the titles of a history ("Heat (1995)" ...), or --user=ID')
+    with contextlib.redirect_stdout(sys.stderr):            # only the answer goes to stdout
+        run = trained(cfg.out_dir)
+    names = [str(u) for u in run.ds.users]
+    if cfg.user and cfg.user not in names:
+        raise data.InputError(f"--user={cfg.user}: not a user of {run.cfg.dataset} (such as "
+                              f"{', '.join(names[:3])})")
+    if cfg.topk >= len(run.ds.titles):
+        raise data.InputError(f"--topk={cfg.topk}: the catalog has {len(run.ds.titles)} titles")
+    history = (run.ds.histories[names.index(cfg.user)].tolist() if cfg.user else
+               [find(t, run.ds.titles, run.ds.years) for t in titles])
+    a = answer(run, history, cfg.topk)
+    print(json.dumps(a)) if cfg.json else show(a)
+
+
 def cli(argv):
-    """-> the exit code."""
-    try:
-        cfg = check(Ask(**parse([a for a in argv if a.startswith("--")], Ask)))
-        titles = [a for a in argv if not a.startswith("--")]
-        if bool(titles) == bool(cfg.user):
-            raise data.InputError('give the titles of a history ("Heat (1995)" ...), or --user=ID')
-        out, sys.stdout = sys.stdout, sys.stderr           # only the answer goes to stdout
-        try:
-            run = trained(cfg.out_dir)
-        finally:
-            sys.stdout = out
-        names = [str(u) for u in run.ds.users]
-        if cfg.user and cfg.user not in names:
-            raise data.InputError(f"--user={cfg.user}: not a user of {run.cfg.dataset} (such as "
-                                  f"{', '.join(names[:3])})")
-        if cfg.topk >= len(run.ds.titles):
-            raise data.InputError(f"--topk={cfg.topk}: the catalog has {len(run.ds.titles)} titles")
-        history = (run.ds.histories[names.index(cfg.user)].tolist() if cfg.user else
-                   [find(t, run.ds.titles, run.ds.years) for t in titles])
-        a = answer(run, history, cfg.topk)
-        print(json.dumps(a)) if cfg.json else show(a)
-        return 0
-    except data.InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: main(argv))
 
 
 if __name__ == "__main__":

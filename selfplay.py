@@ -58,8 +58,8 @@ def hang(trie, length, queries, keys, n_prompt):
 
 
 def decide(model, trie, hidden, nodes, over):
-    """The output layer at R decisions: hidden (R,D), nodes (R,) -> log-probability of each child
-    (R,C) float32, in the trie's order, -inf padded.
+    """The output layer at R decisions: hidden (R,D), nodes (R,) -> their children (R,C), in the
+    trie's order, -1 padded, and the log-probability of each, float32, -inf padded.
 
     The softmax runs over the node's children (over="trie"), or over the vocabulary ("vocab").
     """
@@ -67,14 +67,14 @@ def decide(model, trie, hidden, nodes, over):
     children = trie.children(nodes)
     among = logits.gather(1, trie.modes[over].column[children.clamp(min=0)])
     among = among.masked_fill(children < 0, NEG)
-    return among - (among if over == "trie" else logits).logsumexp(-1, keepdim=True)
+    return children, among - (among if over == "trie" else logits).logsumexp(-1, keepdim=True)
 
 
 def step_log_prob(model, trie, hidden, nodes, child, over="trie"):
     """log-probability of taking `child` (R,) at the decisions `nodes` (R,), given their hidden
     states (R,D) -> (R,).
     """
-    step = decide(model, trie, hidden, nodes, over)
+    _, step = decide(model, trie, hidden, nodes, over)
     return step.gather(1, (child - trie.first[nodes])[:, None])[:, 0]
 
 
@@ -107,7 +107,7 @@ def log_q(model, trie, prompt, items, over="trie"):
     hidden = torch.cat([roots, hidden[:, P:]], 1)                                  # (B,A+Q,D)
     node = torch.cat([key.new_zeros(B, A), torch.where(key >= 0, key % N, -1)], 1)
     chosen = (node >= 0) & mode.decision[node]
-    step = decide(model, trie, hidden[chosen], node[chosen], over)                 # (R,C)
+    _, step = decide(model, trie, hidden[chosen], node[chosen], over)              # (R,C)
     # (b, place in the row) -> row of step
     index = chosen.flatten().cumsum(0).view(B, -1) - 1
     found = torch.searchsorted(key.where(key >= 0, 2 ** 62),
@@ -148,8 +148,7 @@ class Search:
         """Given the hidden states (R,D) at decisions `nodes` (R,) of `rows` (R,), write down what
         their children lead to. levels: how many of the decisions may stand one above the other.
         """
-        step = decide(self.model, self.trie, hidden, nodes, self.over)             # (R,C)
-        child = self.trie.children(nodes)
+        child, step = decide(self.model, self.trie, hidden, nodes, self.over)      # (R,C)
         to = torch.where(child >= 0, self.mode.end[child], self.trie.n_nodes)
         for _ in range(levels):
             self.logp[rows[:, None], to] = self.logp[rows, nodes][:, None] + step

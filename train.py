@@ -1094,10 +1094,10 @@ def main(cfg):
         signal.signal(signal.SIGINT, before)
 
 
-def cli(argv):
-    """Run, and turn what the user can mend into one line on stderr. -> the exit code."""
+def exit_code(work):
+    """Do the work, and turn what the user can mend into one line on stderr. -> the exit code."""
     try:
-        main(configure(argv))
+        work()
         return 0
     except (data.InputError, torch.OutOfMemoryError, OSError) as e:
         why = str(e).splitlines()[0]
@@ -1110,6 +1110,10 @@ def cli(argv):
     except (Stopped, KeyboardInterrupt) as e:
         print(f"\n{str(e) or 'stopped before there was anything new to save'}")
         return 130
+
+
+def cli(argv):
+    return exit_code(lambda: main(configure(argv)))
 
 
 if __name__ == "__main__":
