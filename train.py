@@ -44,7 +44,6 @@ class Config:
     out_dir: str = ""               # results.json, log.jsonl, model.pt; default out/<dataset>
     group_by: str = "genre"         # genre (n genres: 1/n to each) | popularity (quintiles) | yours
     target: str = "history"         # fair is: as in the histories | equal | yours (judger.TARGETS)
-    loss: str = "logistic"          # the corrector's, (9) | yours (corrector.LOSSES)
     holdout: int = 1                # a user's last so many items are test, as many before val
     max_users: int = 0              # keep this many users (0: all; toy: 900)
     eval_users: int = 0             # measure on this many, evenly spaced (0: all)
@@ -52,6 +51,7 @@ class Config:
     topk: int = 10                  # length K of a recommendation list
     seed: int = 0                   # of everything drawn; the toy world itself too
     resume: bool = False            # go on with the unfinished run in out_dir, with its options
+    sft_from: str = ""              # a run's out_dir: its data, model and SFT; only the game is new
     save_every: float = 60.0        # seconds between checkpoints
     # the machine
     device: str = "auto"            # auto | cuda | cpu | mps
@@ -82,6 +82,7 @@ class Config:
     patience: int = 4               # looks without a better one before SFT stops (0: never)
     # self-play
     method: str = "ufo"             # or a baseline or an ablation: a name in METHODS
+    loss: str = "logistic"          # the corrector's, (9) | yours (corrector.LOSSES)
     rounds: int = 4                 # T
     round_iters: int = 150          # corrector steps a round, on as many fresh batches
     lr: float = 2e-4                # of the corrector
@@ -138,7 +139,10 @@ AT_LEAST = dict(
 
 
 # options that do not change a result: where it is kept, and how safely
-PLACES = ("out_dir", "data_dir", "resume", "save_every")
+PLACES = ("out_dir", "data_dir", "resume", "sft_from", "save_every")
+# those that --sft_from leaves free: what is measured, and the game
+MEASURED = ("group_by", "target", "eval_users")
+GAME = tuple(itertools.dropwhile(lambda k: k != "method", Config.__dataclass_fields__))
 
 
 def nearest(word, options):
@@ -181,35 +185,45 @@ def check(cfg):
     return cfg
 
 
+def inherit(typed, saved, free, whose):
+    """What was typed, with the options of the run `saved` that are not `free` as if typed too."""
+    saved = {k: v for k, v in saved["config"].items() if k not in free}
+    if other := [f"{k} was {saved[k]}" for k in typed if typed[k] != saved.get(k, typed[k])]:
+        raise data.InputError(f"{whose} was begun with other options: {', '.join(other)}; leave "
+                              f"them out, or use another --out_dir")
+    return saved | typed
+
+
 def configure(argv):
-    """Options -> Config: the class's defaults, the data set's preset, then what was typed. With
-    --resume: the options of the unfinished run, which what was typed must not contradict.
-    InputError in a line.
+    """Options -> Config: the class's defaults, the data set's preset, the method's, then what was
+    typed. With --resume or --sft_from: the options of that run, which what was typed must not
+    contradict. InputError in a line.
     """
     typed = parse(argv, Config)
     name, known = typed.get("dataset", Config.dataset), ("toy", "ml100k", "ml1m")
     if name not in known and not Path(name).is_dir():
         raise data.InputError(f"--dataset={name}: no such data set, and no such "
                               f"folder{nearest(name, known)}")
+    out = Path(typed.get("out_dir") or f"out/{Path(name).resolve().name}")
+    if typed.get("resume") and (begun := read_checkpoint(out)):
+        typed = inherit(typed, begun, PLACES, f"--resume: {out}")
+    elif typed.get("resume") and not {"dataset", "sft_from"} & set(typed) \
+            and not (out / "results.json").exists():
+        raise data.InputError(f"--resume: no whole checkpoint in {out}; begin there without "
+                              f"--resume, or name another --out_dir")
+    elif source := typed.get("sft_from"):
+        if out.resolve() == Path(source).resolve() or "out_dir" not in typed:
+            raise data.InputError(f"--sft_from={source}: give this run an --out_dir of its own")
+        if not (begun := read_checkpoint(Path(source), "sft")):
+            raise data.InputError(f"--sft_from={source}: no whole sft.pt there; train.py writes it "
+                                  f"when its SFT is done")
+        typed = inherit(typed, begun, PLACES + MEASURED + GAME, f"--sft_from: {source}")
+    name = typed.get("dataset", name)
     preset = dict(PRESETS[name]) if name in known else {}
     if name != "toy" and typed.get("init_from") == "scratch":
         preset |= PRESETS["scratch"]
     preset |= METHODS.get(typed.get("method"), {})
-    cfg = Config(**(preset | typed))
-    cfg.out_dir = cfg.out_dir or f"out/{Path(cfg.dataset).resolve().name}"
-    out = Path(cfg.out_dir)
-    if cfg.resume and (checkpoint := read_checkpoint(out)):
-        saved = checkpoint["config"]
-        other = [f"{k} was {saved.get(k)}" for k in typed if k not in PLACES
-                 and typed[k] != saved.get(k)]
-        if other:
-            raise data.InputError(f"--resume: {cfg.out_dir} was begun with other options: "
-                                  f"{', '.join(other)}; leave them out, or use another --out_dir")
-        places = {k: typed[k] for k in PLACES if k in typed}
-        cfg = Config(**(saved | places | {"out_dir": cfg.out_dir, "resume": True}))
-    elif cfg.resume and "dataset" not in typed and not (out / "results.json").exists():
-        raise data.InputError(f"--resume: no whole checkpoint in {out}; begin there without "
-                              f"--resume, or name another --out_dir")
+    cfg = Config(**(preset | typed | {"out_dir": str(out)}))
     check(cfg)
     for key in ("temperature", "sft_lr", "lr", "pretrain_lr"):
         if not getattr(cfg, key) > 0:
@@ -276,14 +290,14 @@ def peak_memory(device):
 
 # ---------------------------------------------------------------------- checkpoints
 
-def write_checkpoint(folder, content):
+def write_checkpoint(folder, content, stem="checkpoint"):
     """folder/checkpoint.pt: a SHA-256 and a torch file. Written beside and renamed, after the one
     before it was renamed to checkpoint.previous.pt: killed at any moment, a whole one is there.
     Returns whether it could be written.
     """
     body = io.BytesIO()
     torch.save(content, body)
-    new, now, old = (folder / f"checkpoint{x}.pt" for x in (".new", "", ".previous"))
+    new, now, old = (folder / f"{stem}{x}.pt" for x in (".new", "", ".previous"))
     try:
         with open(new, "wb") as f:
             f.write(hashlib.sha256(body.getbuffer()).digest())
@@ -301,9 +315,9 @@ def write_checkpoint(folder, content):
     return True
 
 
-def read_checkpoint(folder):
+def read_checkpoint(folder, stem="checkpoint"):
     """The latest whole checkpoint of a folder, or None. One that is damaged is named."""
-    for path in (folder / "checkpoint.pt", folder / "checkpoint.previous.pt"):
+    for path in (folder / f"{stem}.pt", folder / f"{stem}.previous.pt"):
         if path.exists():
             raw = path.read_bytes()
             if hashlib.sha256(raw[32:]).digest() == raw[:32]:
@@ -385,18 +399,23 @@ class Run:
     # ------------------------------------------------------------------ where it is, and going on
 
     def open(self, out):
-        """Begin in the folder `out`, or go on from its checkpoint."""
+        """Begin in the folder `out`, go on from its checkpoint, or after the SFT of --sft_from."""
         try:
             out.mkdir(parents=True, exist_ok=True)
             checkpoint = read_checkpoint(out)
             if checkpoint and not self.cfg.resume:
                 raise data.InputError(f"{out} holds an unfinished run: --resume goes on with it; "
                                       f"or delete its checkpoint*.pt, or use another --out_dir")
-            self.log_file = open(out / "log.jsonl", "r+" if checkpoint else "w")
+            own = checkpoint is not None
+            self.log_file = open(out / "log.jsonl", "r+" if own else "w")
+            if not own:
+                (out / "sft.pt").unlink(missing_ok=True)    # another run's
         except OSError as e:
             raise data.InputError(f"--out_dir={out}: {e.strerror}; choose another") from None
         self.out, self.saved, self.stop = out, time.time(), False
         self.track = tracker(self.cfg)
+        if not own and self.cfg.sft_from:
+            checkpoint = read_checkpoint(Path(self.cfg.sft_from), "sft")
         if not checkpoint:
             if self.cfg.resume:
                 print(f"nothing to go on with in {out}: starting from the beginning")
@@ -407,12 +426,16 @@ class Run:
             if stage == checkpoint["state"]["stage"]:
                 break
         if checkpoint["made_of"] != self.made_of():
-            raise data.InputError(f"--resume: {out} was begun on {checkpoint['made_of']}, here is "
-                                  f"{self.made_of()}: give it the same --data_dir and model")
-        self.state = checkpoint["state"]
+            raise data.InputError(f"{self.cfg.sft_from or out} was begun on "
+                                  f"{checkpoint['made_of']}, here is {self.made_of()}: give it the "
+                                  f"same --data_dir and model")
+        fresh, self.state = self.state, checkpoint["state"]
         self.load_weights(checkpoint)
-        self.opt.load_state_dict(checkpoint["optimizer"])
-        self.scaler.load_state_dict(checkpoint["scaler"])
+        if own:
+            self.opt.load_state_dict(checkpoint["optimizer"])
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        elif any(checkpoint["config"][k] != getattr(self.cfg, k) for k in MEASURED):
+            self.state |= {"measured": {}, "log_v": fresh["log_v"]}
         torch.set_rng_state(checkpoint["rng"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(checkpoint["cuda_rng"])
@@ -442,13 +465,14 @@ class Run:
             if unknown := model.load_state_dict(state, strict=False).unexpected_keys:
                 raise data.InputError(f"{self.cfg.out_dir}: its weights do not fit: {unknown[0]}")
 
-    def save(self):
+    def save(self, stem="checkpoint"):
         self.state["minutes"] = self.minutes()
         cuda = {"cuda_rng": torch.cuda.get_rng_state()} if self.device.type == "cuda" else {}
         done = write_checkpoint(self.out, self.weights() | cuda | {
             "config": dataclasses.asdict(self.cfg), "state": self.state, "made_of": self.made_of(),
             "optimizer": self.opt.state_dict(), "scaler": self.scaler.state_dict(),
-            "rng": torch.get_rng_state(), "log_size": self.log_file.tell()})
+            "rng": torch.get_rng_state(), "log_size": self.log_file.tell()},
+            stem)
         self.saved = time.time()
         return done
 
@@ -1083,6 +1107,8 @@ def main(cfg):
             run.enter("game")
         run.measure("sft", "test")
         run.measure("sft", "val")
+        if not (run.out / "sft.pt").exists() and not cfg.sft_from:
+            run.save("sft")
         while run.state["round"] <= cfg.rounds:
             run.round(run.state["round"], E_pre)
         if cfg.rerank:
