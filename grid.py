@@ -1,14 +1,14 @@
 """Run a grid of methods and seeds, and make a table of it.
 
     python grid.py --methods=ufo,sft-more,rerank --seeds=0,1,2 --dataset=toy
+    python grid.py --methods=ufo,ufo+gamma=0.2,ufo+gamma=0.8 --dataset=toy      an ablation
     python grid.py --table=True --grid_dir=out/grid      the table of what is there, nothing run
 
-Every other option goes to train.py. Each run has a folder grid_dir/<dataset>/<method>-<seed>; one
-that is finished is left alone and one that was stopped goes on, so the same command after an
-interruption takes up the grid where it was. The table (markdown) has a row a method: mean and
-standard deviation over seeds on the test item, and the difference to the same run's SFT, paired by
-user: its mean over seeds, and the mean of the seeds' 95 % bootstrap intervals over users. The round
-is the one that each run chose by validation (`train.choose`).
+A cell is a method, with options of its own after a +. Every other option goes to train.py. Each run
+has a folder grid_dir/<dataset>/<cell>-<seed>; one that is finished is left alone and one that was
+stopped goes on, so the same command after an interruption takes up the grid where it was. The cells
+of a seed share one SFT, the first cell's (`train.py --sft_from`). The table (`report.table`) is
+printed, and the figures kept with --save=FILE.
 """
 
 import json
@@ -17,19 +17,19 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 import data
+import report
 from train import METHODS, PLACES, Config, exit_code, nearest, parse
 
 
 @dataclass
 class Grid:
-    methods: str = "ufo"        # names in train.METHODS, separated by commas
+    methods: str = "ufo"        # names in train.METHODS, with +options, separated by commas
     seeds: str = "0,1,2"
     dataset: str = "toy"
     grid_dir: str = "out/grid"
     table: bool = False         # only make the table
+    save: str = ""              # a JSON file for the figures of all cells
 
 
 def launch(command, log):
@@ -41,13 +41,17 @@ def launch(command, log):
             return process.wait()
 
 
-def run(cfg, method, seed, rest):
-    """One cell: train.py in its own folder, unless it is finished. Its output is kept in run.log.
-    What makes the method what it is wins over the options given for all. InputError where a
-    finished cell has other options, or the run fails.
+def run(cfg, cell, seed, rest):
+    """One run: train.py in its own folder, unless it is finished. Its output is kept in run.log.
+    What makes the cell what it is wins over the options given for all. InputError where a finished
+    run has other options, or the run fails.
     """
-    out = Path(cfg.grid_dir) / Path(cfg.dataset).resolve().name / f"{method}-{seed}"
-    rest = [a for a in rest if a.partition("=")[0][2:] not in METHODS[method]]
+    method, *own = cell.split("+")
+    own = [f"--{x}" for x in own]
+    folder = Path(cfg.grid_dir) / Path(cfg.dataset).resolve().name
+    out = folder / f"{cell}-{seed}"
+    key = lambda arg: arg.partition("=")[0][2:]
+    rest = own + [a for a in rest if key(a) not in {*METHODS[method], *map(key, own)}]
     if (out / "results.json").exists():
         was = json.loads((out / "results.json").read_text())["config"]
         other = [f"{k} was {was.get(k)}" for k, v in parse(rest, Config).items()
@@ -58,64 +62,43 @@ def run(cfg, method, seed, rest):
         return
     out.mkdir(parents=True, exist_ok=True)
     begun = any((out / f"checkpoint{x}.pt").exists() for x in ("", ".previous"))
-    print(f"{out}: {'going on' if begun else 'begun'}", flush=True)
+    sft = next((p.parent for p in sorted(folder.glob(f"*-{seed}/sft.pt")) if p.parent != out), None)
+    print(f"{out}: {'going on' if begun else f'begun on the SFT of {sft}' if sft else 'begun'}",
+          flush=True)
     with open(out / "run.log", "a") as log:
         code = launch([sys.executable, str(Path(__file__).parent / "train.py"), *rest,
                        f"--dataset={cfg.dataset}", f"--method={method}", f"--seed={seed}",
-                       f"--out_dir={out}", *["--resume"] * begun], log)
+                       f"--out_dir={out}", *["--resume"] * begun,
+                       *[f"--sft_from={sft}"] * bool(sft)], log)
     if code:
         raise data.InputError(f"{out}: train.py ended with {code}; see run.log there")
-
-
-def picked(results):
-    """The test row that counts: the round chosen by validation; re-ranked, if that is the method.
-    """
-    rows = {r["stage"]: r for r in results["rows"]}
-    return rows["sft+rerank" if results["config"]["method"] == "rerank" else results["chosen"]]
-
-
-def table(folder):
-    """Markdown of all results.json one level under folder."""
-    runs = {}
-    for path in sorted(folder.glob("*/results.json")):
-        results = json.loads(path.read_text())
-        runs.setdefault(results["config"]["method"], []).append(results)
-    if not runs:
-        raise data.InputError(f"{folder}: no results in it yet")
-    k = next(iter(runs.values()))[0]["config"]["topk"]
-    names = [f"{m}@{k}" for m in ("HR", "NDCG", "MGU", "DGU")]
-    mean = lambda rows, m: (f"{np.mean([r[m] for r in rows]):.4f} ± "
-                            f"{np.std([r[m] for r in rows], ddof=len(rows) > 1):.4f}")
-    less = lambda rows, m: "{:+.4f} [{:+.4f}, {:+.4f}]".format(
-        *np.mean([r["less_sft"][m] for r in rows], axis=0))
-    head = [*names, "coverage", *(f"{m} less SFT" for m in names)]
-    lines = [f"| method | seeds | {' | '.join(head)} |", "|---" * (2 + len(head)) + "|"]
-    everyone = [next(r for r in x["rows"] if r["stage"] == "sft") for x in runs.get(
-        "ufo", next(iter(runs.values())))]
-    for method, rows in [("sft", everyone), *((m, [picked(x) for x in xs]) for m, xs in
-                                              runs.items())]:
-        cells = [mean(rows, m) for m in (*names, "coverage")]
-        cells += [less(rows, m) if method != "sft" else "" for m in names]
-        lines.append(f"| {method} | {len(rows)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def main(argv):
     own = tuple(f"--{k}" for k in Grid.__dataclass_fields__)
     cfg = Grid(**parse([a for a in argv if a.partition("=")[0] in own], Grid))
     rest = [a for a in argv if a.partition("=")[0] not in own]
-    if twice := {"method", "seed", "out_dir"} & set(parse(rest, Config)):
+    cells, fixed = cfg.methods.split(","), {"method", "dataset", "seed", "out_dir"}
+    if twice := fixed & set(parse(rest, Config)):
         raise data.InputError(f"--{min(twice)}: a grid has --methods, --seeds and --grid_dir")
-    for method in cfg.methods.split(","):
+    for method, *options in (cell.split("+") for cell in cells):
         if method not in METHODS:
             raise data.InputError(f"--methods: {method}: not known{nearest(method, METHODS)}")
+        if twice := fixed & set(parse([f"--{x}" for x in options], Config)):
+            raise data.InputError(f"--methods: +{min(twice)} cannot be a cell's own")
     if not all(s.isdigit() for s in cfg.seeds.split(",")):
         raise data.InputError(f"--seeds={cfg.seeds}: expected whole numbers and commas")
     if not cfg.table:
         for seed in cfg.seeds.split(","):
-            for method in cfg.methods.split(","):
-                run(cfg, method, seed, rest)
-    print(table(Path(cfg.grid_dir) / Path(cfg.dataset).resolve().name))
+            for cell in cells:
+                run(cfg, cell, seed, rest)
+    folder = Path(cfg.grid_dir) / Path(cfg.dataset).resolve().name
+    found = {p.parent.name: json.loads(p.read_text()) for p in folder.glob("*/results.json")}
+    if not found:
+        raise data.InputError(f"{folder}: no results in it yet")
+    if cfg.save:
+        report.save(found, Path(cfg.save))
+    print(report.table(found))
 
 
 def cli(argv):

@@ -17,6 +17,7 @@ import corrector
 import data
 import judger
 import metrics
+import report
 import selfplay
 import train
 from model import Model, ModelConfig, from_hf
@@ -1338,17 +1339,61 @@ def test_grid_goes_on_where_it_was_and_makes_the_table(tmp_path, capsys, monkeyp
     assert f"{np.mean(hr):.4f} ± {np.std(hr, ddof=1):.4f}" in lines[-1]
     (tmp_path / "toy" / "ufo-1" / "results.json").unlink()
     assert grid.cli(args) == 0 and len(calls) == 5 and "--seed=1" in calls[-1]
+    assert any(a.startswith("--sft_from=") for a in calls[1])
     assert grid.cli(["--table", f"--grid_dir={tmp_path}"]) == 0 and len(calls) == 5
+    assert grid.cli([*args, "--methods=ufo+gamma=0.1", "--seeds=0",
+                     f"--save={tmp_path}/r/toy.json"]) == 0 and len(calls) == 6
+    found = json.loads((tmp_path / "r" / "toy.json").read_text())
+    assert found["ufo+gamma=0.1-0"]["config"]["gamma"] == 0.1 and len(found) == 5
+    assert len(report.table(found).splitlines()) == 6
     for bad, why in (("--methods=uffo", "did you mean ufo"), ("--seeds=a", "whole numbers"),
-                     ("--seed=1", "has --methods, --seeds"), ("--topk=5", "topk was 10")):
+                     ("--seed=1", "has --methods, --seeds"), ("--methods=ufo+seed=1", "cell's own"),
+                     ("--methods=ufo+gama=1", "did you mean gamma"),
+                     ("--topk=5", "topk was 10")):
         assert grid.cli([bad, f"--grid_dir={tmp_path}"]) == 2
         assert why in capsys.readouterr().err
+
+
+def test_a_game_on_another_runs_sft_is_that_runs_game(tmp_path, capsys):
+    base = ["--max_users=40", *SMALL[:3], "--rounds=1", "--branches=2", "--round_iters=2"]
+    first, again, other = (tmp_path / x for x in "abc")
+    game = ["--rounds=1", "--branches=2", "--round_iters=2"]
+    train.main(train.configure([*base, f"--out_dir={first}"]))
+    train.main(train.configure([f"--sft_from={first}", *game, f"--out_dir={again}"]))
+    read = lambda folder: json.loads((folder / "results.json").read_text())
+    assert read(first) == read(again)
+    # other groups and another game, on the same SFT
+    train.main(train.configure([f"--sft_from={first}", *game, "--group_by=popularity",
+                                "--method=dpo", f"--out_dir={other}"]))
+    sft = [next(r for r in read(x)["rows"] if r["stage"] == "sft") for x in (first, other)]
+    assert sft[0]["HR@10"] == sft[1]["HR@10"] and sft[0]["E"] != sft[1]["E"]
+    assert read(other)["origins"]["groups"][0] == "top 20%" and read(other)["config"]["alpha"] == 0
+    capsys.readouterr()
+    for args, why in (([f"--out_dir={other}", "--history=3"], "history was"),
+                      ([f"--out_dir={first}"], "an --out_dir of its own"), ([], "of its own")):
+        assert train.cli([f"--sft_from={first}", *args]) == 2
+        assert why in capsys.readouterr().err
+    assert train.cli([f"--sft_from={tmp_path}", f"--out_dir={other}"]) == 2
+    assert "no whole sft.pt" in capsys.readouterr().err
+
+
+def test_figures_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "toy-0"
+    train.main(train.configure(["--max_users=40", *SMALL[:3], "--rounds=1", "--branches=2",
+                                "--round_iters=2", f"--out_dir={out}"]))
+    assert (out / "exposure.png").read_bytes()[1:4] == b"PNG"
+    report.save({"ufo-0": json.loads((out / "results.json").read_text())}, tmp_path / "toy.json")
+    report.main(tmp_path / "toy.json")
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["toy-judger.png", "toy-tradeoff.png"]
+    with pytest.raises(data.InputError, match="name a run's folder"):
+        report.main(tmp_path / "no.json")
 
 
 def test_the_round_is_chosen_by_validation():
     row = lambda stage, ndcg, mgu: {"stage": stage, "NDCG@10": ndcg, "MGU@10": mgu}
     rows = [row("sft", 0.10, 0.05), row("ufo-1", 0.097, 0.02), row("ufo-2", 0.09, 0.01)]
-    assert train.choose(rows, 10) == "ufo-1" and train.choose(rows[:1], 10) == "sft"
+    assert report.choose(rows, 10) == "ufo-1" and report.choose(rows[:1], 10) == "sft"
 
 
 def test_float16_leaves_out_overflowing_steps_and_counts_them(tmp_path):

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import difflib
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -31,6 +32,7 @@ import corrector
 import data
 import judger
 import metrics
+import report
 import selfplay
 from model import Model, ModelConfig, describe, load, save_peft
 
@@ -392,7 +394,7 @@ class Run:
         print(f"model: {describe(self.base)}, from {self.source}; tokens: {self.tokenizer.name}")
         self.state = {"stage": "", "it": 0, "measured": {}, "looks": [], "best": None, "round": 1,
                       "log_v": [0.0] * len(ds.groups), "played": None, "losses": [], "right": [],
-                      "skipped": 0, "minutes": 0.0}
+                      "rounds": [], "skipped": 0, "minutes": 0.0}
         if begin:
             self.open(Path(cfg.out_dir))
 
@@ -838,8 +840,30 @@ class Run:
               f"{math.log(1 + cfg.num_negatives):.3f}), judger right on {right:.3f} of pairs")
         for split in ("val", "test"):
             self.measure("player", split, stage=f"ufo-{t}")
-        self.log(event="round", round=t, loss=loss, judger_accuracy=right)
-        s |= {"round": t + 1, "played": None, "it": 0}
+        if self.chosen() == f"ufo-{t}":
+            s["best"] = self.policies.tuned.adapter_state("player")
+        # what the opponent's samples, rather than its lists, show of each group beside the truth
+        E = [metrics.exposure(*metrics.group_sums(self.ds.credit, x.flatten(0, 1).cpu().numpy()))
+             for x in s["played"][0].split([1, cfg.num_negatives], -1)]
+        found = {"loss": loss, "judger_accuracy": right, "sampled_MGU": metrics.mgu(E[1] - E[0])}
+        found = {key: float(v) for key, v in found.items()}
+        self.log(event="round", round=t, **found)
+        s |= {"round": t + 1, "played": None, "it": 0,
+              "rounds": [*s["rounds"], found | {"log_v": s["log_v"]}]}
+
+    def chosen(self):
+        """The stage that validation chooses, of those measured so far (`report.choose`)."""
+        rows = [r for r in self.state["measured"].values() if r["split"] == "val" and
+                (r["stage"] == "sft" or r["stage"].startswith("ufo") and "+" not in r["stage"])]
+        return report.choose(rows, self.cfg.topk)
+
+    def take_chosen(self):
+        """The player becomes the round that validation chose, the last if it chose SFT -> its name.
+        """
+        if self.state["best"]:
+            self.policies.tuned.load_adapter("player", self.state["best"])
+            return self.chosen()
+        return f"ufo-{self.cfg.rounds}" if self.cfg.rounds else "sft"
 
     def yardsticks(self):
         """What needs no language model: the uniform distribution, and popularity in the training
@@ -956,69 +980,7 @@ def set_lr(opt, peak, it, total):
         group["lr"] = peak * cosine * (min(1.0, (it + 1) / 20) if total else 1.0)
 
 
-# ---------------------------------------------------------------------- what is said at the end
-
-def origin_report(run, pre, sft, last):
-    """Equation (5), per group and in words. -> the `origins` of results.json."""
-    ds, history = run.ds, run.cfg.history
-    user, shown, _ = run.cases["test"]
-    star, E_pre, E_sft, E_ufo = map(np.array, (sft["E_star"], pre["E"], sft["E"], last["E"]))
-    o = judger.origins(star, E_pre, E_sft)
-    shown = [h[-history:] for h in shown]
-    sums = [metrics.group_sums(ds.credit, x) for x in (shown, pre["lists"], sft["lists"])]
-    debiased, ci = judger.covariance_debiased(*sums, user)
-    print(f"\nWhere the unfairness comes from (test; exposure in per cent; pretrained: "
-          f"over={pre['over']})")
-    print(f"{'group':>14} {'E*':>7} {'E_pre':>7} {'E_sft':>7} {'E_ufo':>7} {'b':>7} {'shift':>7}")
-    for g in np.argsort(-o["b"]):
-        shares = " ".join(f"{100 * x[g]:7.2f}" for x in (star, E_pre, E_sft, E_ufo))
-        print(f"{ds.groups[g]:>14} {shares} {100 * o['b'][g]:+7.2f} {100 * o['shift'][g]:+7.2f}")
-    verb = ("amplified" if ci[0] > 0 else "worked against" if ci[1] < 0
-            else "neither clearly amplified nor worked against")
-    print(f"SFT {verb} the pretraining bias: Cov(b, shift) = {debiased:+.2e} [{ci[0]:+.2e}, "
-          f"{ci[1]:+.2e}] without noise bias (plain {o['covariance']:+.2e}, correlation "
-          f"{o['correlation']:+.2f})")
-    found = {"groups": ds.groups, "E_star": star.tolist(), "E_pre": E_pre.tolist(),
-             "E_sft": E_sft.tolist(), "E_ufo": E_ufo.tolist(), "b": o["b"].tolist(),
-             "shift": o["shift"].tolist(), "covariance": debiased, "covariance_ci": ci,
-             "covariance_plain": o["covariance"], "correlation": o["correlation"],
-             "over": pre["over"]}
-    if ds.planted is not None and run.cfg.group_by == "genre":
-        rank = lambda x: np.argsort(np.argsort(x))
-        agree = float(np.corrcoef(rank(o["b"]), rank(ds.planted))[0, 1])
-        found |= {"planted": ds.planted.tolist(), "planted_rank_correlation": agree}
-        print(f"the judger's b against the planted skew of the web corpus: rank correlation "
-              f"{agree:.2f}")
-    return found
-
-
-def results_table(rows, yardsticks, k):
-    """The table by stage, with 95 % intervals over users."""
-    names = [f"HR@{k}", f"NDCG@{k}", f"MGU@{k}", f"DGU@{k}", "log_loss"]
-    print(f"\n{'test':>17} | " + " | ".join(f"{n:^22}" for n in names) + " | coverage | minutes")
-    for stage, row in [*yardsticks.items(), *((r["stage"], r) for r in rows)]:
-        cells = [f"{row[n]:.4f} [{row['ci'][n][0]:.4f}, {row['ci'][n][1]:.4f}]" if "ci" in row
-                 else f"{row[n]:.4f}" if n in row else "" for n in names]
-        print(f"{stage:>17} | " + " | ".join(f"{c:22}" for c in cells)
-              + (f" | {row['coverage']:8.3f}" if "coverage" in row else " |         ") +
-              (f" | {row['minutes']:7.1f}" if "minutes" in row else " |")
-              + ("  !! COLLAPSED" if row.get("collapsed") else ""))
-    print(f"MGU of a perfectly fair policy would read about {rows[-1]['MGU_floor']:.4f} here, from "
-          f"sampling noise alone")
-
-
-def example_lists(run, sft, last, n=3):
-    """Three users' lists before and after, with what they watched last."""
-    ds, (_, history, target) = run.ds, run.cases["test"]
-    groups = lambda i: ", ".join(g for g, c in zip(ds.groups, ds.credit[i]) if c)
-    about = lambda i: f"{ds.titles[i]} ({groups(i)})"
-    for case in np.linspace(0, len(target) - 1, n).astype(int):
-        print(f"\nuser {ds.users[run.cases['test'][0][case]]} watched ... "
-              f"{'; '.join(about(i) for i in history[case][-4:])}; next was {about(target[case])}")
-        for name, row in (("sft", sft), (last["stage"], last)):
-            print(f"  {name:>6}: " + "; ".join(("*" if i == target[case] else "") + about(i)
-                                               for i in row["lists"][case][:5]))
-
+# ---------------------------------------------------------------------- the end of a run
 
 def versions(run):
     import importlib.metadata as meta
@@ -1028,39 +990,32 @@ def versions(run):
                     "device": f"{run.device.type} {card}", "dtype": str(run.dtype)[6:]}
 
 
-def choose(rows, k, keep=0.95):
-    """The stage to ship, by validation rows alone (SFT's first): of those that keep 95 % of SFT's
-    NDCG, the one with the least MGU.
+def finish(run, end):
+    """The reports, results.json, model.pt and, with matplotlib, exposure.png; the checkpoints go.
+    end: the stage that is kept.
     """
-    good = [r for r in rows if r[f"NDCG@{k}"] >= keep * rows[0][f"NDCG@{k}"]]
-    return min(good, key=lambda r: r[f"MGU@{k}"])["stage"]
-
-
-def finish(run):
-    """The reports, results.json and model.pt; the checkpoints go."""
     cfg, k = run.cfg, f"MGU@{run.cfg.topk}"
     rows = [row for row in run.state["measured"].values() if row["split"] == "test"]
-    val = [row for row in run.state["measured"].values() if row["split"] == "val"]
-    played = [r for r in val if r["stage"] == "sft" or r["stage"].startswith("ufo")]
-    chosen = choose([r for r in played if "rerank" not in r["stage"]], cfg.topk)
-    pre, sft = rows[0], run.measure("sft", "test")
-    last = [row for row in rows if "+rerank" not in row["stage"]][-1]
-    yardsticks = run.yardsticks()
-    origins = origin_report(run, pre, sft, last)
-    example_lists(run, sft, last)
-    results_table(rows, yardsticks, cfg.topk)
-    kept = {key: v for key, v in dataclasses.asdict(cfg).items() if key not in PLACES}
+    stages = {row["stage"]: row for row in rows}
+    yardsticks, chosen = run.yardsticks(), run.chosen()
+    origins = report.origin_report(run, stages["pretrained"], stages["sft"], stages[end])
+    report.example_lists(run, stages["sft"], stages[end])
+    report.results_table(rows, yardsticks, cfg.topk)
     strip = lambda row: {key: v for key, v in row.items() if key not in ("lists", "minutes")}
     plain = [strip(row) for row in rows]
     user, history, target = run.cases["test"]
     for row, full in zip(plain, rows):
-        if len(full["lists"]) == len(user):     # not measured on fewer users
-            row["less_sft"] = metrics.difference(
-                run.ds.credit, user, [h[-cfg.history:] for h in history], full["lists"],
-                sft["lists"], target, judger.TARGETS[cfg.target])
-    results = {"config": kept, "versions": versions(run), "origins": origins,
-               "yardsticks": yardsticks, "rows": plain, "chosen": chosen,
-               "validation": [strip(row) for row in val], "skipped_steps": run.state["skipped"]}
+        for other in ("sft", "sft+rerank"):
+            # not what was measured on fewer users
+            if other in stages and len(full["lists"]) == len(user):
+                row[f"less_{other}"] = metrics.difference(
+                    run.ds.credit, user, [h[-cfg.history:] for h in history], full["lists"],
+                    stages[other]["lists"], target, judger.TARGETS[cfg.target])
+    results = {
+        "config": {key: v for key, v in dataclasses.asdict(cfg).items() if key not in PLACES},
+        "versions": versions(run), "origins": origins, "yardsticks": yardsticks, "rows": plain,
+        "chosen": chosen, "rounds": run.state["rounds"], "skipped_steps": run.state["skipped"],
+        "validation": [strip(r) for r in run.state["measured"].values() if r["split"] == "val"]}
     try:
         torch.save({"config": dataclasses.asdict(cfg)} | run.weights(), run.out / "model.pt")
         if cfg.init_from != "scratch":
@@ -1072,15 +1027,17 @@ def finish(run):
     except OSError as e:
         run.save()
         raise data.InputError(f"{run.out}: {e.strerror}; make room there and --resume") from None
+    if importlib.util.find_spec("matplotlib"):
+        report.draw_exposure(results, run.out / "exposure.png")
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] if run.compile else 0
     memory = peak_memory(run.device)
     run.log(event="done", compiled_graphs=graphs, peak_memory_gib=memory)
     for path in run.out.glob("checkpoint*.pt"):
         path.unlink()
-    print(f"by validation, {chosen} is the one to choose (model.pt holds SFT and the last round)")
-    print(f"{k}: {last[k] / sft[k] - 1:+.0%} against SFT; {run.minutes():.1f} minutes in all, at "
-          f"most {memory:.1f} GiB, {graphs} compiled graphs, {run.state['skipped']} steps left out "
-          f"for overflow; results in {run.out}/results.json")
+    print(f"by validation, {chosen} is the one to choose; model.pt holds SFT and {end}")
+    print(f"{k}: {stages[end][k] / stages['sft'][k] - 1:+.0%} against SFT; {run.minutes():.1f} "
+          f"minutes in all, at most {memory:.1f} GiB, {graphs} compiled graphs, "
+          f"{run.state['skipped']} steps left out for overflow; results in {run.out}/results.json")
 
 
 def main(cfg):
@@ -1111,11 +1068,12 @@ def main(cfg):
             run.save("sft")
         while run.state["round"] <= cfg.rounds:
             run.round(run.state["round"], E_pre)
+        end = run.take_chosen()
         if cfg.rerank:
             run.rerank("sft", "sft")
             if cfg.rounds:
-                run.rerank("player", f"ufo-{cfg.rounds}")
-        finish(run)
+                run.rerank("player", end)
+        finish(run, end)
     finally:
         signal.signal(signal.SIGINT, before)
 

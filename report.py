@@ -1,0 +1,262 @@
+"""What is said of a run, and of a grid of runs: tables and, where matplotlib is, figures.
+
+    python report.py out/ml100k             draw a run's exposure by group again
+    python report.py results/toy.json       the table and the figures of a grid (`grid.py --save`)
+
+A run's stages are rows (`train.Run.record`): what was measured of one policy on one split.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import data
+import judger
+import metrics
+
+
+def origin_report(run, pre, sft, end):
+    """Equation (5), per group and in words. -> the `origins` of results.json."""
+    ds, history = run.ds, run.cfg.history
+    user, shown, _ = run.cases["test"]
+    star, E_pre, E_sft, E_ufo = map(np.array, (sft["E_star"], pre["E"], sft["E"], end["E"]))
+    o = judger.origins(star, E_pre, E_sft)
+    shown = [h[-history:] for h in shown]
+    sums = [metrics.group_sums(ds.credit, x) for x in (shown, pre["lists"], sft["lists"])]
+    debiased, ci = judger.covariance_debiased(*sums, user)
+    print(f"\nWhere the unfairness comes from (test; exposure in per cent; pretrained: "
+          f"over={pre['over']})")
+    print(f"{'group':>14} {'E*':>7} {'E_pre':>7} {'E_sft':>7} {'E_ufo':>7} {'b':>7} {'shift':>7}")
+    for g in np.argsort(-o["b"]):
+        shares = " ".join(f"{100 * x[g]:7.2f}" for x in (star, E_pre, E_sft, E_ufo))
+        print(f"{ds.groups[g]:>14} {shares} {100 * o['b'][g]:+7.2f} {100 * o['shift'][g]:+7.2f}")
+    verb = ("amplified" if ci[0] > 0 else "worked against" if ci[1] < 0
+            else "neither clearly amplified nor worked against")
+    print(f"SFT {verb} the pretraining bias: Cov(b, shift) = {debiased:+.2e} [{ci[0]:+.2e}, "
+          f"{ci[1]:+.2e}] without noise bias (plain {o['covariance']:+.2e}, correlation "
+          f"{o['correlation']:+.2f})")
+    found = {"groups": ds.groups, "E_star": star.tolist(), "E_pre": E_pre.tolist(),
+             "E_sft": E_sft.tolist(), "E_ufo": E_ufo.tolist(), "b": o["b"].tolist(),
+             "shift": o["shift"].tolist(), "covariance": debiased, "covariance_ci": ci,
+             "covariance_plain": o["covariance"], "correlation": o["correlation"],
+             "over": pre["over"]}
+    if ds.planted is not None and run.cfg.group_by == "genre":
+        rank = lambda x: np.argsort(np.argsort(x))
+        agree = float(np.corrcoef(rank(o["b"]), rank(ds.planted))[0, 1])
+        found |= {"planted": ds.planted.tolist(), "planted_rank_correlation": agree}
+        print(f"the judger's b against the planted skew of the web corpus: rank correlation "
+              f"{agree:.2f}")
+    return found
+
+
+def results_table(rows, yardsticks, k):
+    """The table by stage, with 95 % intervals over users."""
+    names = [f"HR@{k}", f"NDCG@{k}", f"MGU@{k}", f"DGU@{k}", "log_loss"]
+    print(f"\n{'test':>17} | " + " | ".join(f"{n:^22}" for n in names) + " | coverage | minutes")
+    for stage, row in [*yardsticks.items(), *((r["stage"], r) for r in rows)]:
+        cells = [f"{row[n]:.4f} [{row['ci'][n][0]:.4f}, {row['ci'][n][1]:.4f}]" if "ci" in row
+                 else f"{row[n]:.4f}" if n in row else "" for n in names]
+        print(f"{stage:>17} | " + " | ".join(f"{c:22}" for c in cells)
+              + (f" | {row['coverage']:8.3f}" if "coverage" in row else " |         ") +
+              (f" | {row['minutes']:7.1f}" if "minutes" in row else " |")
+              + ("  !! COLLAPSED" if row.get("collapsed") else ""))
+    print(f"MGU of a perfectly fair policy would read about {rows[-1]['MGU_floor']:.4f} here, from "
+          f"sampling noise alone")
+
+
+def example_lists(run, sft, end, n=3):
+    """Three users' lists before and after, with what they watched last."""
+    ds, (_, history, target) = run.ds, run.cases["test"]
+    groups = lambda i: ", ".join(g for g, c in zip(ds.groups, ds.credit[i]) if c)
+    about = lambda i: f"{ds.titles[i]} ({groups(i)})"
+    for case in np.linspace(0, len(target) - 1, n).astype(int):
+        print(f"\nuser {ds.users[run.cases['test'][0][case]]} watched ... "
+              f"{'; '.join(about(i) for i in history[case][-4:])}; next was {about(target[case])}")
+        for name, row in (("sft", sft), (end["stage"], end)):
+            print(f"  {name:>6}: " + "; ".join(("*" if i == target[case] else "") + about(i)
+                                               for i in row["lists"][case][:5]))
+
+
+def choose(rows, k, keep=0.95):
+    """The stage to ship, by validation rows alone (SFT's first): of those that keep 95 % of SFT's
+    NDCG, the one with the least MGU.
+    """
+    good = [r for r in rows if r[f"NDCG@{k}"] >= keep * rows[0][f"NDCG@{k}"]]
+    return min(good, key=lambda r: r[f"MGU@{k}"])["stage"]
+
+
+# ---------------------------------------------------------------------- a grid of runs
+
+def cells(found):
+    """{"<cell>-<seed>": results} -> {cell: its seeds' results}, sorted by name."""
+    grid = {}
+    for name in sorted(found):
+        grid.setdefault(name.rpartition("-")[0], []).append(found[name])
+    return grid
+
+
+def row_of(results, stage=None):
+    """A run's test row of a stage; by default the one that counts: the round that validation
+    chose, or the re-ranked lists where that is the method.
+    """
+    stage = stage or ("sft+rerank" if results["config"]["method"] == "rerank"
+                      else results["chosen"])
+    return next(r for r in results["rows"] if r["stage"] == stage)
+
+
+def table(found):
+    """Markdown of a grid. Mean and standard deviation over seeds on the test item; and the
+    difference to the same run's SFT, paired by user: its mean over seeds, with the mean of the
+    seeds' 95 % bootstrap intervals over users.
+    """
+    grid = cells(found)
+    k = next(iter(found.values()))["config"]["topk"]
+    names = [f"{m}@{k}" for m in ("HR", "NDCG", "MGU", "DGU")]
+    mean = lambda rows, m: (f"{np.mean([r[m] for r in rows]):.4f} ± "
+                            f"{np.std([r[m] for r in rows], ddof=len(rows) > 1):.4f}")
+    less = lambda rows, m: "{:+.4f} [{:+.4f}, {:+.4f}]".format(
+        *np.mean([r["less_sft"][m] for r in rows], axis=0))
+    head = [*names, "coverage", "log_loss", *(f"{m} less SFT" for m in names)]
+    lines = [f"| method | seeds | {' | '.join(head)} |", "|---" * (2 + len(head)) + "|"]
+    lists = {cell: [row_of(x) for x in runs] for cell, runs in grid.items()}
+    if len({x["config"]["group_by"] for x in found.values()}) == 1:
+        by_seed = {x["config"]["seed"]: row_of(x, "sft") for x in found.values()}
+        lists = {"sft": list(by_seed.values())} | lists
+    for cell, rows in lists.items():
+        text = [mean(rows, m) for m in (*names, "coverage", "log_loss")]
+        text += [less(rows, m) if cell != "sft" else "" for m in names]
+        lines.append(f"| {cell} | {len(rows)} | " + " | ".join(text) + " |")
+    return "\n".join(lines)
+
+
+def save(found, path):
+    """A grid's results in one JSON file, numbers to six digits."""
+    short = lambda x: ({k: short(v) for k, v in x.items()} if isinstance(x, dict) else
+                       [short(v) for v in x] if isinstance(x, list) else
+                       float(f"{x:.6g}") if isinstance(x, float) else x)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f"{json.dumps(name)}: {json.dumps(short(found[name]))}" for name in sorted(found)]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+# ---------------------------------------------------------------------- figures
+
+INK = {"history": "#222222", "pretrained": "#8a8f98", "sft": "#d1495b", "ufo": "#00798c"}
+
+
+def canvas(width, height):
+    """-> (figure, axes), or InputError where matplotlib is not."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise data.InputError("figures need matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    fig, ax = pyplot.subplots(figsize=(width, height), layout="constrained")
+    ax.spines[["top", "right"]].set_visible(False)
+    return fig, ax
+
+
+def draw_exposure(results, path):
+    """The picture of the method: every group's share of the lists, pretrained, fine-tuned and after
+    the game, against its share of the histories.
+    """
+    o, k = results["origins"], results["config"]["topk"]
+    order = np.argsort(o["E_star"])
+    fig, ax = canvas(7.5, 1.6 + 0.26 * len(order))
+    x = {name: 100 * np.array(o[name])[order] for name in ("E_star", "E_pre", "E_sft", "E_ufo")}
+    y = np.arange(len(order))
+    ax.hlines(y, x["E_star"], x["E_sft"], color=INK["sft"], lw=1.2, alpha=0.5)
+    ax.hlines(y, x["E_star"], x["E_ufo"], color=INK["ufo"], lw=3.5, alpha=0.6)
+    ax.plot(x["E_star"], y, "|", color=INK["history"], ms=13, mew=2.2, label="users' histories")
+    ax.plot(x["E_pre"], y, "o", mfc="none", color=INK["pretrained"], ms=6, label="pretrained")
+    ax.plot(x["E_sft"], y, "o", color=INK["sft"], ms=6, label="fine-tuned (SFT)")
+    end = results["chosen"] if results["chosen"] != "sft" else results["rows"][-1]["stage"]
+    ax.plot(x["E_ufo"], y, "D", color=INK["ufo"], ms=5.5, label=f"after self-play ({end})")
+    ax.set_yticks(y, [o["groups"][g] for g in order])
+    ax.set_xlabel("share of all places, per cent")
+    mgu = [100 * row_of(results, s)[f"MGU@{k}"] for s in ("sft", end)]
+    ax.set_title(f"Who is shown in the top {k}? MGU@{k} {mgu[0]:.2f} → {mgu[1]:.2f} per cent",
+                 loc="left", fontsize=11)
+    ax.grid(axis="x", color="#e6e6e6", lw=0.7)
+    ax.set_axisbelow(True)
+    fig.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=4,
+               loc="outside lower center")
+    fig.savefig(path, dpi=150)
+
+
+def draw_tradeoff(found, path):
+    """MGU against HR, means over seeds with their standard errors: the rounds of ufo as a line,
+    every other cell as a point.
+    """
+    grid = cells(found)
+    k = next(iter(found.values()))["config"]["topk"]
+    fig, ax = canvas(7.5, 5)
+
+    def point(rows):
+        values = np.array([[100 * r[f"MGU@{k}"], r[f"HR@{k}"]] for r in rows])
+        return values.mean(0), values.std(0, ddof=len(rows) > 1) / len(rows) ** 0.5
+
+    def put(rows, name, color, marker):
+        (x, y), (dx, dy) = point(rows)
+        ax.errorbar(x, y, dy, dx, fmt=marker, color=color, ms=7, lw=0.8, alpha=0.9)
+        ax.annotate(name, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=8.5,
+                    color=color)
+    for cell, runs in grid.items():
+        if cell == "ufo":
+            stages = ["sft", *(r["stage"] for r in runs[0]["rows"] if r["stage"][-1].isdigit())]
+            line = np.array([point([row_of(x, s) for x in runs])[0] for s in stages])
+            ax.plot(*line.T, "-", color=INK["ufo"], lw=1.5, zorder=1)
+            put([row_of(x, "sft") for x in runs], "SFT", INK["sft"], "o")
+            for s in stages[1:]:
+                put([row_of(x, s) for x in runs], s, INK["ufo"], "D")
+        else:
+            put([row_of(x) for x in runs], cell, INK["pretrained"], "s")
+    ax.set_xlabel(f"MGU@{k}, per cent (left is fairer)")
+    ax.set_ylabel(f"HR@{k} (up is better)")
+    seeds = max(map(len, grid.values()))
+    ax.set_title(f"Unfairness and accuracy on the test item; bars: standard error over {seeds} "
+                 f"seeds", loc="left", fontsize=11)
+    fig.savefig(path, dpi=150)
+
+
+def draw_judger(found, path):
+    """How often the judger tells a user's item from a made-up one, by round; 1/2 ends the game."""
+    fig, ax = canvas(7.5, 3.6)
+    for cell, runs in cells(found).items():
+        curves = [[r["judger_accuracy"] for r in x["rounds"]] for x in runs]
+        if not (n := min(map(len, curves))):
+            continue
+        mean = np.mean([c[:n] for c in curves], axis=0)
+        ufo = cell == "ufo"
+        ax.plot(range(1, n + 1), mean, "D-" if ufo else "o-", ms=5, zorder=2 + ufo,
+                color=INK["ufo"] if ufo else INK["pretrained"], alpha=1 if ufo else 0.6)
+        ax.annotate(cell, (n, mean[-1]), xytext=(6, -3), textcoords="offset points", fontsize=8.5)
+    ax.axhline(0.5, color=INK["history"], lw=0.8, ls=":")
+    ax.set_xlabel("round")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set_title("The judger's accuracy (mean over a round's steps); 1/2 is the game's end",
+                 loc="left", fontsize=11)
+    fig.savefig(path, dpi=150)
+
+
+def main(path):
+    path = Path(path)
+    source = path / "results.json" if path.is_dir() else path
+    try:
+        found = json.loads(source.read_text())
+    except (OSError, ValueError) as e:
+        raise data.InputError(f"{source}: {getattr(e, 'strerror', None) or e}; name a run's folder "
+                              f"or a file of grid.py --save") from None
+    if "rows" in found:
+        return draw_exposure(found, path / "exposure.png")
+    print(table(found))
+    for draw in (draw_tradeoff, draw_judger):
+        draw(found, path.with_name(f"{path.stem}-{draw.__name__[5:]}.png"))
+
+
+if __name__ == "__main__":
+    from train import exit_code
+    sys.exit(exit_code(lambda: main(sys.argv[1] if len(sys.argv) == 2 else "")))
