@@ -75,6 +75,11 @@ class RMSNorm(nn.Module):
         return self.weight.to(x.dtype) * h.to(x.dtype)
 
 
+# MKL chooses the kernels of its vector functions in a process' first call. Made by several threads
+# at once, that call was seen to give one of them cosines good to 1.5e-4 only; so one makes it here.
+torch.ones(1).cos()
+
+
 def rope_frequencies(config):
     """Rotary frequencies in radians a token, (E/2,) float32. Llama-3 slows those with long
     wavelengths down.

@@ -1055,13 +1055,12 @@ def train_py(*args):
     import sys
     return subprocess.Popen([sys.executable, "train.py", *args], stdout=subprocess.PIPE, text=True,
                             stderr=subprocess.STDOUT,
-                            env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"})
+                            env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "2"})
 
 
 def test_killed_at_random_moments_a_run_ends_as_if_it_never_was(tmp_path):
     """SIGKILL ten times, Ctrl-C once: the same results.json, byte for byte, and the same log but
-    for its minutes. On one thread: with two, the log-loss differs in its eighth digit (cause not
-    found).
+    for its minutes. On two threads.
     """
     import random
     import signal
