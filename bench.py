@@ -34,8 +34,9 @@ import corrector
 import data
 import judger
 import selfplay
+from machine import choose_device, matmul_peak, peak_memory
 from model import Model, ModelConfig
-from train import check, choose_device, exit_code, matmul_peak, parse, peak_memory
+from train import check, exit_code, parse
 
 
 @dataclass

@@ -9,7 +9,6 @@ import numpy as np
 
 import metrics
 
-
 # ---------------------------------------------------------------- where it comes from: equation (5)
 
 def origins(E_star, E_pre, E_sft):

@@ -16,6 +16,7 @@ import torch
 import corrector
 import data
 import judger
+import machine
 import metrics
 import report
 import selfplay
@@ -220,7 +221,8 @@ def bpe_tokenizer(pre, **kw):
 
 
 def pre_tokenizer_kinds():
-    from tokenizers import Regex, pre_tokenizers as p
+    from tokenizers import Regex
+    from tokenizers import pre_tokenizers as p
     llama3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
               r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
     return {"gpt2": p.ByteLevel(add_prefix_space=False),
@@ -1128,7 +1130,7 @@ def test_resume_refuses_other_options_and_survives_damage(tmp_path, capsys):
     run = train.Run(train.configure(["--resume", f"--out_dir={out}"]))
     assert run.state["it"] == 1 and "checkpoint.pt is damaged" in capsys.readouterr().out
     (out / "checkpoint.previous.pt").write_bytes(b"short")
-    assert train.read_checkpoint(out) is None
+    assert machine.read_checkpoint(out) is None
     # with nothing whole to go on from, it does not begin something else
     for folder in (out, tmp_path / "typo"):
         with pytest.raises(data.InputError, match="no whole checkpoint"):
@@ -1155,13 +1157,13 @@ def test_full_disk_loses_neither_run_nor_checkpoint(tmp_path, monkeypatch, capsy
 
     def full(*_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(train.os, "fsync", full)
+    monkeypatch.setattr(machine.os, "fsync", full)
     run.state["it"] = 7
     run.save()
     said = capsys.readouterr().out
     assert "could not be written (No space left" in said and not (tmp_path
                                                                   / "checkpoint.new.pt").exists()
-    assert train.read_checkpoint(tmp_path)["state"]["it"] == 0
+    assert machine.read_checkpoint(tmp_path)["state"]["it"] == 0
     run.log_file = open("/dev/full", "w") if Path("/dev/full").exists() else run.log_file
     run.log(event="x")
     assert not Path("/dev/full").exists() or "a line was lost" in capsys.readouterr().out

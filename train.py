@@ -9,15 +9,11 @@ Options are --key=value over the Config below. Equation numbers are those of the
 import copy
 import dataclasses
 import difflib
-import hashlib
 import importlib.util
-import io
 import itertools
 import json
 import math
 import os
-import platform
-import resource
 import signal
 import sys
 import time
@@ -31,6 +27,7 @@ from tqdm import tqdm
 import corrector
 import data
 import judger
+import machine
 import metrics
 import report
 import selfplay
@@ -108,7 +105,7 @@ PRESETS = {
     "ml1m": dict(sft_iters=8000, eval_every=500, batch_size=32),
     "scratch": dict(dim=160, n_layers=3, n_heads=5, dropout=0.2, sft_full=True, history=30,
                     sft_window=31, sft_iters=2700, sft_lr=2e-3, eval_every=300, weight_decay=0.1,
-                    lr=1.5e-3, round_iters=80, rounds=2),
+                    lr=1.5e-3, round_iters=80),
 }
 # what a baseline or an ablation changes, over the same loop
 METHODS = {
@@ -207,7 +204,7 @@ def configure(argv):
         raise data.InputError(f"--dataset={name}: no such data set, and no such "
                               f"folder{nearest(name, known)}")
     out = Path(typed.get("out_dir") or f"out/{Path(name).resolve().name}")
-    if typed.get("resume") and (begun := read_checkpoint(out)):
+    if typed.get("resume") and (begun := machine.read_checkpoint(out)):
         typed = inherit(typed, begun, PLACES, f"--resume: {out}")
     elif typed.get("resume") and not {"dataset", "sft_from"} & set(typed) \
             and not (out / "results.json").exists():
@@ -216,7 +213,7 @@ def configure(argv):
     elif source := typed.get("sft_from"):
         if out.resolve() == Path(source).resolve() or "out_dir" not in typed:
             raise data.InputError(f"--sft_from={source}: give this run an --out_dir of its own")
-        if not (begun := read_checkpoint(Path(source), "sft")):
+        if not (begun := machine.read_checkpoint(Path(source), "sft")):
             raise data.InputError(f"--sft_from={source}: no whole sft.pt there; train.py writes it "
                                   f"when its SFT is done")
         typed = inherit(typed, begun, PLACES + MEASURED + GAME, f"--sft_from: {source}")
@@ -238,94 +235,6 @@ def configure(argv):
     if cfg.init_from != "scratch" and (cfg.sft_full or cfg.tokens != "text"):
         raise data.InputError("--sft_full and --tokens=items are for --init_from=scratch")
     return cfg
-
-
-# ---------------------------------------------------------------------- the machine
-
-def choose_device(cfg):
-    """-> (torch.device, dtype of base and activations); prints both and why."""
-    name, why = cfg.device, "asked for"
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        why = "a GPU is here" if name == "cuda" else "no GPU is here"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise data.InputError("--device=cuda: torch sees no GPU here; --device=cpu, or install a "
-                              "torch with CUDA")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise data.InputError("--device=mps: torch sees no Apple GPU here; use --device=cpu")
-    dtype, reason = cfg.dtype, "asked for"
-    if dtype == "auto":
-        if name != "cuda":
-            dtype, reason = "float32", "not a CUDA device"
-        elif torch.cuda.get_device_capability()[0] >= 8:
-            dtype, reason = "bfloat16", "the GPU computes in it"
-        else:
-            dtype, reason = "float16", "the GPU has no bfloat16; gradients are scaled"
-    card = torch.cuda.get_device_name() if name == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"device {name} ({why}; {card}), {dtype} ({reason}), adapters and optimizer in float32")
-    return torch.device(name), getattr(torch, dtype)
-
-
-def matmul_peak(device, dtype):
-    """The most operations a second that a matrix product reaches here: what utilisation is a share
-    of. Best of some sizes and tries, in `dtype`; takes a second.
-    """
-    best, sync = 0.0, torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for n in (4096, 8192) if device.type == "cuda" else (512, 1024, 2048):
-        a = torch.randn(n, n, device=device).to(dtype)
-        for _ in range(6):
-            sync()
-            t0 = time.perf_counter()
-            a @ a
-            sync()
-            best = max(best, 2 * n ** 3 / (time.perf_counter() - t0))
-    return best
-
-
-def peak_memory(device):
-    """GiB: the most that tensors took on the GPU, or that the process took on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
-
-
-# ---------------------------------------------------------------------- checkpoints
-
-def write_checkpoint(folder, content, stem="checkpoint"):
-    """folder/checkpoint.pt: a SHA-256 and a torch file. Written beside and renamed, after the one
-    before it was renamed to checkpoint.previous.pt: killed at any moment, a whole one is there.
-    Returns whether it could be written.
-    """
-    body = io.BytesIO()
-    torch.save(content, body)
-    new, now, old = (folder / f"{stem}{x}.pt" for x in (".new", "", ".previous"))
-    try:
-        with open(new, "wb") as f:
-            f.write(hashlib.sha256(body.getbuffer()).digest())
-            f.write(body.getbuffer())
-            f.flush()
-            os.fsync(f.fileno())
-        if now.exists():
-            os.replace(now, old)
-        os.replace(new, now)
-    except OSError as e:
-        new.unlink(missing_ok=True)
-        print(f"!! {now} could not be written ({e.strerror}); the one before it is whole",
-              flush=True)
-        return False
-    return True
-
-
-def read_checkpoint(folder, stem="checkpoint"):
-    """The latest whole checkpoint of a folder, or None. One that is damaged is named."""
-    for path in (folder / f"{stem}.pt", folder / f"{stem}.previous.pt"):
-        if path.exists():
-            raw = path.read_bytes()
-            if hashlib.sha256(raw[32:]).digest() == raw[:32]:
-                return torch.load(io.BytesIO(raw[32:]), map_location="cpu", weights_only=True)
-            print(f"!! {path} is damaged; going back to the one before it", flush=True)
-    return None
 
 
 class Stopped(Exception):
@@ -368,11 +277,11 @@ class Run:
     def __init__(self, cfg, begin=True):
         """begin=False: only what a trained model needs (see `trained`)."""
         self.cfg, self.start = cfg, time.time()
-        self.device, self.dtype = choose_device(cfg)
+        self.device, self.dtype = machine.choose_device(cfg)
         on_gpu = self.device.type == "cuda"
         self.compile = cfg.compile == "True" or (cfg.compile == "auto" and on_gpu)
         self.multiple = 8 if on_gpu else 1                 # rows are padded to a multiple of it
-        self.peak = matmul_peak(self.device, self.dtype)
+        self.peak = machine.matmul_peak(self.device, self.dtype)
         torch.manual_seed(cfg.seed)
         self.ds = ds = data.load_dataset(cfg.dataset, cfg.data_dir, cfg.group_by, cfg.holdout,
                                          cfg.max_users, cfg.seed, cfg.header)
@@ -404,7 +313,7 @@ class Run:
         """Begin in the folder `out`, go on from its checkpoint, or after the SFT of --sft_from."""
         try:
             out.mkdir(parents=True, exist_ok=True)
-            checkpoint = read_checkpoint(out)
+            checkpoint = machine.read_checkpoint(out)
             if checkpoint and not self.cfg.resume:
                 raise data.InputError(f"{out} holds an unfinished run: --resume goes on with it; "
                                       f"or delete its checkpoint*.pt, or use another --out_dir")
@@ -415,9 +324,9 @@ class Run:
         except OSError as e:
             raise data.InputError(f"--out_dir={out}: {e.strerror}; choose another") from None
         self.out, self.saved, self.stop = out, time.time(), False
-        self.track = tracker(self.cfg)
+        self.track = machine.tracker(self.cfg)
         if not own and self.cfg.sft_from:
-            checkpoint = read_checkpoint(Path(self.cfg.sft_from), "sft")
+            checkpoint = machine.read_checkpoint(Path(self.cfg.sft_from), "sft")
         if not checkpoint:
             if self.cfg.resume:
                 print(f"nothing to go on with in {out}: starting from the beginning")
@@ -470,7 +379,7 @@ class Run:
     def save(self, stem="checkpoint"):
         self.state["minutes"] = self.minutes()
         cuda = {"cuda_rng": torch.cuda.get_rng_state()} if self.device.type == "cuda" else {}
-        done = write_checkpoint(self.out, self.weights() | cuda | {
+        done = machine.write_checkpoint(self.out, self.weights() | cuda | {
             "config": dataclasses.asdict(self.cfg), "state": self.state, "made_of": self.made_of(),
             "optimizer": self.opt.state_dict(), "scaler": self.scaler.state_dict(),
             "rng": torch.get_rng_state(), "log_size": self.log_file.tell()},
@@ -746,7 +655,7 @@ class Run:
         """Maximise (1) on windows of the histories, every title but a window's first; keep the
         weights of the best validation NDCG.
         """
-        cfg, policies, speed = self.cfg, self.policies, Speed(self)
+        cfg, policies, speed = self.cfg, self.policies, machine.Speed(self)
         batches = self.batches(1, self.state["it"])
         for it in self.steps("sft", cfg.sft_iters):
             if it and it % cfg.eval_every == 0 and self.look(it):
@@ -885,28 +794,6 @@ class Run:
                 "popularity": row}
 
 
-def tracker(cfg):
-    """-> a function of a log line, which hands its numbers on to the service asked for."""
-    try:
-        if cfg.track == "wandb":
-            import wandb
-            return wandb.init(project="nanoUFO", config=dataclasses.asdict(cfg),
-                              dir=cfg.out_dir).log
-        if cfg.track == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-            writer, count = SummaryWriter(cfg.out_dir), itertools.count()
-
-            def write(line):
-                n = next(count)
-                for k, v in line.items():
-                    if isinstance(v, int | float):
-                        writer.add_scalar(f"{line['event']}/{k}", v, line.get("it", n))
-            return write
-    except ImportError as e:
-        raise data.InputError(f"--track={cfg.track}: {e}; pip install {cfg.track}") from None
-    return lambda line: None
-
-
 def trained(out_dir):
     """The finished run in a folder, ready to be asked: a Run with data, catalog and policies."""
     path = Path(out_dir) / "model.pt"
@@ -922,43 +809,6 @@ def trained(out_dir):
         run.enter(stage)
     run.load_weights(saved)
     return run
-
-
-class Speed:
-    """How fast SFT trained: windows, titles predicted, tokens (padding not counted) a second, and
-    the share of the machine's own matrix product that this is.
-    """
-
-    def __init__(self, run):
-        self.run, self.seconds, self.steps = run, [], 0
-        self.titles = self.tokens = self.flops = 0
-
-    def begin(self):
-        self.start = time.perf_counter()
-
-    def end(self, model, windows, choices):
-        if self.steps >= 3:                                 # the first steps compile and warm up
-            self.seconds.append(time.perf_counter() - self.start)
-            size = [len(self.run.catalog.header) + self.run.catalog.lengths[w].sum()
-                    for w in windows]
-            self.titles += sum(len(w) - 1 for w in windows)
-            self.tokens += sum(size)
-            self.flops += model.flops(sum(size), np.dot(size, size) / sum(size) / 2,
-                                      choices * len(self.run.catalog.trie.vocab))
-        self.steps += 1
-
-    def report(self):
-        if not self.seconds:
-            return f"{self.steps} steps, too few to time"
-        s, run = sum(self.seconds), self.run
-        rate = {"titles_per_s": self.titles / s, "tokens_per_s": self.tokens / s,
-                "flops_per_s": self.flops / s, "utilisation": self.flops / s / run.peak}
-        run.log(event="speed", **rate, matmul_flops_per_s=run.peak)
-        return (f"{self.steps} steps, median {1e3 * np.median(self.seconds):.0f} ms; "
-                f"{rate['titles_per_s']:.0f} titles, {rate['tokens_per_s']:.0f} tokens a second; "
-                f"{rate['flops_per_s'] / 1e12:.3g} TFLOP/s, {rate['utilisation']:.0%} of the "
-                f"{run.peak / 1e12:.3g} that a {str(run.dtype)[6:]} matrix product reaches here; "
-                f"at most {peak_memory(run.device):.1f} GiB")
 
 
 def spaced(cases, n):
@@ -981,14 +831,6 @@ def set_lr(opt, peak, it, total):
 
 
 # ---------------------------------------------------------------------- the end of a run
-
-def versions(run):
-    import importlib.metadata as meta
-    found = {p: meta.version(p) for p in ("torch", "transformers", "tiktoken", "numpy")}
-    card = torch.cuda.get_device_name() if run.device.type == "cuda" else platform.machine()
-    return found | {"python": platform.python_version(),  "base": run.source, "data": run.ds.source,
-                    "device": f"{run.device.type} {card}", "dtype": str(run.dtype)[6:]}
-
 
 def finish(run, end):
     """The reports, results.json, model.pt and, with matplotlib, exposure.png; the checkpoints go.
@@ -1013,7 +855,7 @@ def finish(run, end):
                     stages[other]["lists"], target, judger.TARGETS[cfg.target])
     results = {
         "config": {key: v for key, v in dataclasses.asdict(cfg).items() if key not in PLACES},
-        "versions": versions(run), "origins": origins, "yardsticks": yardsticks, "rows": plain,
+        "versions": machine.versions(run), "origins": origins, "yardsticks": yardsticks, "rows": plain,
         "chosen": chosen, "rounds": run.state["rounds"], "skipped_steps": run.state["skipped"],
         "validation": [strip(r) for r in run.state["measured"].values() if r["split"] == "val"]}
     try:
@@ -1030,7 +872,7 @@ def finish(run, end):
     if importlib.util.find_spec("matplotlib"):
         report.draw_exposure(results, run.out / "exposure.png")
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] if run.compile else 0
-    memory = peak_memory(run.device)
+    memory = machine.peak_memory(run.device)
     run.log(event="done", compiled_graphs=graphs, peak_memory_gib=memory)
     for path in run.out.glob("checkpoint*.pt"):
         path.unlink()
