@@ -90,10 +90,13 @@ def choose(rows, k, keep=0.95):
 # ---------------------------------------------------------------------- a grid of runs
 
 def cells(found):
-    """{"<cell>-<seed>": results} -> {cell: its seeds' results}, sorted by name."""
+    """{"<cell>-<seed>": results} -> {cell: its seeds' results}, sorted by name. That a cell is also
+    re-ranked at its end does not make it another.
+    """
     grid = {}
     for name in sorted(found):
-        grid.setdefault(name.rpartition("-")[0], []).append(found[name])
+        cell = name.rpartition("-")[0].replace("+rerank=True", "")
+        grid.setdefault(cell, []).append(found[name])
     return grid
 
 
@@ -120,7 +123,14 @@ def table(found):
         *np.mean([r["less_sft"][m] for r in rows], axis=0))
     head = [*names, "coverage", "log_loss", *(f"{m} less SFT" for m in names)]
     lines = [f"| method | seeds | {' | '.join(head)} |", "|---" * (2 + len(head)) + "|"]
-    lists = {cell: [row_of(x) for x in runs] for cell, runs in grid.items()}
+    lists = {}
+    for cell, runs in grid.items():
+        lists[cell] = [row_of(x) for x in runs]
+        if runs[0]["config"]["rerank"] and runs[0]["config"]["rounds"]:
+            last = [next(r for r in x["rows"] if r["stage"].startswith("ufo")
+                         and r["stage"].endswith("+rerank")) for x in runs]
+            lists[f"{cell}, then rerank"] = last
+            lists.setdefault("rerank", [row_of(x, "sft+rerank") for x in runs])
     if len({x["config"]["group_by"] for x in found.values()}) == 1:
         by_seed = {x["config"]["seed"]: row_of(x, "sft") for x in found.values()}
         lists = {"sft": list(by_seed.values())} | lists

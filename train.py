@@ -340,7 +340,7 @@ class Run:
             raise data.InputError(f"{self.cfg.sft_from or out} was begun on "
                                   f"{checkpoint['made_of']}, here is {self.made_of()}: give it the "
                                   f"same --data_dir and model")
-        fresh, self.state = self.state, checkpoint["state"]
+        fresh, self.state = self.state, self.state | checkpoint["state"]
         self.load_weights(checkpoint)
         if own:
             self.opt.load_state_dict(checkpoint["optimizer"])
