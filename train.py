@@ -110,14 +110,14 @@ PRESETS = {
 # what a baseline or an ablation changes, over the same loop
 METHODS = {
     "ufo": {},
-    "sft-more": dict(loss="sft", gamma=0.0),                # as many steps more of SFT
+    "sft-more": dict(loss="sft", gamma=0.0, num_negatives=1),       # as many steps more of SFT
     "spin": dict(num_negatives=1, gamma=0.0, temperature=1.0, alpha=1.0),
     "ufo-mix": dict(alpha=0.5),                             # the geometric mixture as the anchor
     "no-reweight": dict(gamma=0.0),
     "one-shot": dict(gamma=1.0, accumulate=False),          # the verdict at once, not by degrees
     "sprec": dict(negatives="top", num_negatives=1, loss="both", gamma=0.0),
     "dpo": dict(negatives="uniform", alpha=0.0, gamma=0.0),         # anchored to the SFT model
-    "ifairlrs": dict(loss="sft"),                           # SFT with the weights (8)
+    "ifairlrs": dict(loss="sft", num_negatives=1),          # SFT with the weights (8)
     "rerank": dict(rounds=0, rerank=True),                  # no training, a bias a group
 }
 CHOICES = {
