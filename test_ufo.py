@@ -1378,6 +1378,18 @@ def test_a_game_on_another_runs_sft_is_that_runs_game(tmp_path, capsys):
     assert "no whole sft.pt" in capsys.readouterr().err
 
 
+def test_the_chosen_round_is_the_one_that_is_kept(tmp_path, monkeypatch):
+    base = ["--max_users=40", *SMALL[:3], "--branches=2", "--round_iters=2", "--rounds=2"]
+    monkeypatch.setattr(report, "choose", lambda rows, k: rows[min(1, len(rows) - 1)]["stage"])
+    a, b = tmp_path / "a", tmp_path / "b"
+    train.main(train.configure([*base, f"--out_dir={a}"]))
+    train.main(train.configure([f"--sft_from={a}", "--rounds=1", "--branches=2", "--round_iters=2",
+                                f"--out_dir={b}"]))
+    saved = [torch.load(x / "model.pt", weights_only=True)["tuned"] for x in (a, b)]
+    assert json.loads((a / "results.json").read_text())["chosen"] == "ufo-1"
+    assert all(torch.equal(saved[0][k], saved[1][k]) for k in saved[0])
+
+
 def test_figures_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     out = tmp_path / "toy-0"
