@@ -1404,8 +1404,9 @@ def test_figures_are_drawn(tmp_path):
 
 
 def test_the_round_is_chosen_by_validation():
-    row = lambda stage, ndcg, mgu: {"stage": stage, "NDCG@10": ndcg, "MGU@10": mgu}
-    rows = [row("sft", 0.10, 0.05), row("ufo-1", 0.097, 0.02), row("ufo-2", 0.09, 0.01)]
+    row = lambda stage, high, mgu: {"stage": stage, "MGU@10": mgu,
+                                    "less_sft": {"NDCG@10": [-0.01, -0.03, high]}}
+    rows = [row("sft", 0.0, 0.05), row("ufo-1", 0.001, 0.02), row("ufo-2", -0.001, 0.01)]
     assert report.choose(rows, 10) == "ufo-1" and report.choose(rows[:1], 10) == "sft"
 
 

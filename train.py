@@ -105,7 +105,7 @@ PRESETS = {
     "ml1m": dict(sft_iters=8000, eval_every=500, batch_size=32),
     "scratch": dict(dim=160, n_layers=3, n_heads=5, dropout=0.2, sft_full=True, history=30,
                     sft_window=31, sft_iters=2700, sft_lr=2e-3, eval_every=300, weight_decay=0.1,
-                    lr=1.5e-3, round_iters=80),
+                    lr=1.5e-3, round_iters=80, gamma=0.8),
 }
 # what a baseline or an ablation changes, over the same loop
 METHODS = {
@@ -565,7 +565,9 @@ class Run:
               f"({prefixes:.0f} prefixes a user, {seconds:.0f} s)", flush=True)
         row |= {"stage": stage, "split": split, "over": over, "lists": lists.tolist(),
                 "minutes": round(self.minutes(), 2), "collapsed": False}
-        sft = self.state["measured"].get(f"sft {split} {over}")
+        sft = row if stage == "sft" else self.state["measured"].get(f"sft {split} {over}")
+        if sft:
+            row["less_sft"] = self.difference(row, sft)
         if sft and row["coverage"] < COLLAPSE * sft["coverage"]:
             row["collapsed"] = True
             self.log(event="collapsed", stage=stage, coverage=row["coverage"])
@@ -575,6 +577,13 @@ class Run:
         key = f"{stage} {split} {over}"
         self.state["measured"][key] = json.loads(json.dumps(row))
         return self.state["measured"][key]
+
+    def difference(self, row, other):
+        """One measured row less another of the same split, paired by user (metrics.difference)."""
+        user, history, target = self.cases[row["split"]]
+        return metrics.difference(self.ds.credit, user, [h[-self.cfg.history:] for h in history],
+                                  row["lists"], other["lists"], target,
+                                  judger.TARGETS[self.cfg.target])
 
     @torch.no_grad()
     def rerank(self, policy, stage):
@@ -845,14 +854,9 @@ def finish(run, end):
     report.results_table(rows, yardsticks, cfg.topk)
     strip = lambda row: {key: v for key, v in row.items() if key not in ("lists", "minutes")}
     plain = [strip(row) for row in rows]
-    user, history, target = run.cases["test"]
     for row, full in zip(plain, rows):
-        for other in ("sft", "sft+rerank"):
-            # not what was measured on fewer users
-            if other in stages and len(full["lists"]) == len(user):
-                row[f"less_{other}"] = metrics.difference(
-                    run.ds.credit, user, [h[-cfg.history:] for h in history], full["lists"],
-                    stages[other]["lists"], target, judger.TARGETS[cfg.target])
+        if "less_sft" in row and "sft+rerank" in stages:
+            row["less_rerank"] = run.difference(full, stages["sft+rerank"])
     results = {
         "config": {key: v for key, v in dataclasses.asdict(cfg).items() if key not in PLACES},
         "versions": machine.versions(run), "origins": origins, "yardsticks": yardsticks, "rows": plain,
