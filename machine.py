@@ -163,10 +163,10 @@ def tracker(cfg):
             writer, count = SummaryWriter(cfg.out_dir), itertools.count()
 
             def write(line):
-                n = next(count)
+                n, where = next(count), "-".join(line[k] for k in ("event", "split") if k in line)
                 for k, v in line.items():
                     if isinstance(v, int | float):
-                        writer.add_scalar(f"{line['event']}/{k}", v, line.get("it", n))
+                        writer.add_scalar(f"{where}/{k}", v, line.get("it", n))
             return write
     except ImportError as e:
         raise data.InputError(f"--track={cfg.track}: {e}; pip install {cfg.track}") from None

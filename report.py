@@ -121,7 +121,7 @@ def table(found):
                             f"{np.std([r[m] for r in rows], ddof=len(rows) > 1):.4f}")
     less = lambda rows, m: "{:+.4f} [{:+.4f}, {:+.4f}]".format(
         *np.mean([r["less_sft"][m] for r in rows], axis=0))
-    head = [*names, "coverage", "log_loss", *(f"{m} less SFT" for m in names)]
+    head = [*names, "coverage", "log_loss", *(f"{m} less SFT" for m in names[:3])]
     lines = [f"| method | seeds | {' | '.join(head)} |", "|---" * (2 + len(head)) + "|"]
     lists = {}
     for cell, runs in grid.items():
@@ -136,7 +136,7 @@ def table(found):
         lists = {"sft": list(by_seed.values())} | lists
     for cell, rows in lists.items():
         text = [mean(rows, m) for m in (*names, "coverage", "log_loss")]
-        text += [less(rows, m) if cell != "sft" else "" for m in names]
+        text += [less(rows, m) if cell != "sft" else "" for m in names[:3]]
         lines.append(f"| {cell} | {len(rows)} | " + " | ".join(text) + " |")
     return "\n".join(lines)
 
