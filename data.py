@@ -713,11 +713,11 @@ class Trie:
     """The catalog's token lists as a tree in flat arrays. Nodes are numbered breadth first; 0 is
     the root.
 
-    first (N+1,): node v's children are the nodes first[v] .. first[v+1]-1 (CSR).  token, parent,
-    depth, item (N,): the token read on entering a node, the node above it, its number of tokens,
-    the item that ends there or -1.  leaf (I,); path (I, D): the node of every token of a title, -1
-    padded.  enter, leave (N,): u is an ancestor of v, or v itself, iff enter[u] <= enter[v] <
-    leave[u].  vocab (C,): the tokens that occur, ascending.  modes: {"trie", "vocab"} -> Mode.
+    first (N+1,): node v's children are the nodes first[v] .. first[v+1]-1 (CSR).  token, depth,
+    item (N,): the token read on entering a node, its number of tokens, the item that ends there or
+    -1.  leaf (I,): the node at which a title ends.  enter, leave (N,): u is an ancestor of v, or v
+    itself, iff enter[u] <= enter[v] < leave[u].  vocab (C,): the tokens that occur, ascending.
+    modes: {"trie", "vocab"} -> Mode.
     """
 
     def __init__(self, sequences):
@@ -769,9 +769,8 @@ class Trie:
         vocab, local = np.unique(token[1:], return_inverse=True)
         tensor = lambda x: torch.as_tensor(np.ascontiguousarray(x), dtype=torch.long)
         self.first = tensor(np.concatenate([[1], 1 + np.cumsum(count)]))
-        self.token, self.parent, self.depth, self.item = map(tensor, (token, parent, depth, item))
-        self.enter, self.leave, self.path, self.vocab = map(tensor, (enter, enter + size, path,
-            vocab))
+        self.token, self.depth, self.item, self.enter, self.leave, self.vocab = map(
+            tensor, (token, depth, item, enter, enter + size, vocab))
         self.leaf = tensor(np.argsort(np.where(item < 0, I, item), kind="stable")[:I])
         # the root has no token; 0 stands in for it
         local = np.concatenate([[0], local])

@@ -258,11 +258,14 @@ def test_trie_by_hand():
     seqs = [[5, 6, 9], [5, 7, 9], [8, 9], [5, 6, 6, 9]]
     trie = data.Trie(seqs)
     assert trie.n_nodes == 1 + 2 + 3 + 3 + 1 and trie.vocab.tolist() == [5, 6, 7, 8, 9]
+    parent = {int(c): v for v in range(trie.n_nodes)
+              for c in trie.children(torch.tensor([v]))[0] if c >= 0} | {0: -1}
     for i, s in enumerate(seqs):
-        nodes = [n for n in trie.path[i].tolist() if n >= 0]
-        assert trie.token[nodes].tolist() == s
-        assert trie.leaf[i] == nodes[-1] and trie.item[nodes[-1]] == i
-        assert trie.parent[nodes].tolist() == [0] + nodes[:-1]
+        nodes = [int(trie.leaf[i])]
+        while parent[nodes[0]]:
+            nodes.insert(0, parent[nodes[0]])
+        assert trie.token[nodes].tolist() == s and trie.item[nodes[-1]] == i
+        assert trie.depth[nodes].tolist() == list(range(1, len(s) + 1))
     assert sorted(trie.token[trie.children(torch.tensor([0]))[0]].tolist()) == [5, 8]
     steps = (trie.modes["trie"].step_node >= 0).sum(1).tolist()
     assert steps == [3, 2, 1, 3] and (trie.modes["vocab"].step_node >= 0).sum(1).tolist() == [3, 3,
@@ -272,7 +275,7 @@ def test_trie_by_hand():
         for v in range(trie.n_nodes):
             w = v
             while w not in (u, -1):
-                w = int(trie.parent[w])
+                w = parent[w]
             assert bool(trie.enter[u] <= trie.enter[v] < trie.leave[u]) == (w == u)
 
 
