@@ -117,15 +117,18 @@ def table(found):
     grid = cells(found)
     k = next(iter(found.values()))["config"]["topk"]
     names = [f"{m}@{k}" for m in ("HR", "NDCG", "MGU", "DGU")]
-    mean = lambda rows, m: (f"{np.mean([r[m] for r in rows]):.4f} ± "
-                            f"{np.std([r[m] for r in rows], ddof=len(rows) > 1):.4f}")
-    less = lambda rows, m: "{:+.4f} [{:+.4f}, {:+.4f}]".format(
-        *np.mean([r["less_sft"][m] for r in rows], axis=0))
+    short = lambda x, form=".4f": format(x, form).replace("0.", ".", 1)
+    mean = lambda rows, m: short(np.mean([r[m] for r in rows])) + (
+        " ± " + short(np.std([r[m] for r in rows], ddof=1)) if len(rows) > 1 else "")
+    less = lambda rows, m: "{} [{}, {}]".format(
+        *(short(x, "+.4f") for x in np.mean([r["less_sft"][m] for r in rows], axis=0)))
     head = [*names, "coverage", "log_loss", *(f"{m} less SFT" for m in names[:3])]
     lines = [f"| method | seeds | {' | '.join(head)} |", "|---" * (2 + len(head)) + "|"]
     lists = {}
     for cell, runs in grid.items():
         lists[cell] = [row_of(x) for x in runs]
+        if cell == "ufo":
+            lists["ufo, last round"] = [row_of(x, f"ufo-{x['config']['rounds']}") for x in runs]
         if runs[0]["config"]["rerank"] and runs[0]["config"]["rounds"]:
             last = [next(r for r in x["rows"] if r["stage"].startswith("ufo")
                          and r["stage"].endswith("+rerank")) for x in runs]
@@ -188,8 +191,8 @@ def draw_exposure(results, path):
     ax.set_yticks(y, [o["groups"][g] for g in order])
     ax.set_xlabel("share of all places, per cent")
     mgu = [100 * row_of(results, s)[f"MGU@{k}"] for s in ("sft", end)]
-    ax.set_title(f"Who is shown in the top {k}? MGU@{k} {mgu[0]:.2f} → {mgu[1]:.2f} per cent",
-                 loc="left", fontsize=11)
+    ax.set_title(f"{results['config']['dataset']}: who is shown in the top {k}? MGU@{k} "
+                 f"{mgu[0]:.2f} → {mgu[1]:.2f} per cent", loc="left", fontsize=11)
     ax.grid(axis="x", color="#e6e6e6", lw=0.7)
     ax.set_axisbelow(True)
     fig.legend(*ax.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=4,

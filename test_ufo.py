@@ -1335,12 +1335,13 @@ def test_grid_goes_on_where_it_was_and_makes_the_table(tmp_path, capsys, monkeyp
         return train.cli(command[2:])
     monkeypatch.setattr(grid, "launch", in_process)
     assert grid.cli(args) == 0 and len(calls) == 4
-    lines = capsys.readouterr().out.splitlines()[-5:]
-    assert [x.split("|")[1].strip() for x in lines] == ["method", "---", "sft", "rerank", "ufo"]
+    lines = capsys.readouterr().out.splitlines()[-6:]
+    assert [x.split("|")[1].strip() for x in lines] == ["method", "---", "sft", "rerank", "ufo",
+                                                        "ufo, last round"]
     rows = [json.loads((tmp_path / "toy" / f"ufo-{s}" / "results.json").read_text())
             for s in (0, 1)]
     hr = [next(r["HR@10"] for r in x["rows"] if r["stage"] == x["chosen"]) for x in rows]
-    assert f"{np.mean(hr):.4f} ± {np.std(hr, ddof=1):.4f}" in lines[-1]
+    assert f"| {np.mean(hr):.4f} ± {np.std(hr, ddof=1):.4f} |".replace(" 0.", " .") in lines[-2]
     (tmp_path / "toy" / "ufo-1" / "results.json").unlink()
     assert grid.cli(args) == 0 and len(calls) == 5 and "--seed=1" in calls[-1]
     assert any(a.startswith("--sft_from=") for a in calls[1])
@@ -1349,7 +1350,7 @@ def test_grid_goes_on_where_it_was_and_makes_the_table(tmp_path, capsys, monkeyp
                      f"--save={tmp_path}/r/toy.json"]) == 0 and len(calls) == 6
     found = json.loads((tmp_path / "r" / "toy.json").read_text())
     assert found["ufo+gamma=0.1-0"]["config"]["gamma"] == 0.1 and len(found) == 5
-    assert len(report.table(found).splitlines()) == 6
+    assert len(report.table(found).splitlines()) == 7
     for bad, why in (("--methods=uffo", "did you mean ufo"), ("--seeds=a", "whole numbers"),
                      ("--seed=1", "has --methods, --seeds"), ("--methods=ufo+seed=1", "cell's own"),
                      ("--methods=ufo+gama=1", "did you mean gamma"),
