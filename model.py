@@ -75,9 +75,11 @@ class RMSNorm(nn.Module):
         return self.weight.to(x.dtype) * h.to(x.dtype)
 
 
-# MKL chooses the kernels of its vector functions in a process' first call. Made by several threads
-# at once, that call was seen to give one of them cosines good to 1.5e-4 only; so one makes it here.
-torch.ones(1).cos()
+# MKL chooses the kernel of each vector function in its first call of a process. Made by several
+# threads at once, that call can be good to 1.5e-4 only in one thread's share (pytorch issue 188792),
+# and a resumed run differ from the one it continues; so one thread makes it here.
+for function in (torch.cos, torch.sin, torch.exp, torch.log, torch.sqrt):
+    function(torch.ones(1))
 
 
 def rope_frequencies(config):
