@@ -76,8 +76,8 @@ class RMSNorm(nn.Module):
 
 
 # MKL chooses the kernel of each vector function in its first call of a process. Made by several
-# threads at once, that call can be good to 1.5e-4 only in one thread's share (pytorch issue 188792),
-# and a resumed run differ from the one it continues; so one thread makes it here.
+# threads at once, that call can be good to 1.5e-4 only in one of them (pytorch issue 188792), and
+# a resumed run differ from the one it continues; so one thread makes it here.
 for function in (torch.cos, torch.sin, torch.exp, torch.log, torch.sqrt):
     function(torch.ones(1))
 
