@@ -100,6 +100,19 @@ def cells(found):
     return grid
 
 
+def complete(found):
+    """The cells that have all seeds of the grid: means of others are of other runs."""
+    grid = cells(found)
+    most = max(map(len, grid.values()))
+    return {cell: runs for cell, runs in grid.items() if len(runs) == most}, most
+
+
+def reranked(results):
+    """The test row of a run's last stage with the group bias on top."""
+    return next(r for r in results["rows"] if r["stage"].startswith("ufo")
+                and r["stage"].endswith("+rerank"))
+
+
 def row_of(results, stage=None):
     """A run's test row of a stage; by default the one that counts: the round that validation
     chose, or the re-ranked lists where that is the method.
@@ -124,22 +137,23 @@ def table(found):
         *(short(x, "+.4f") for x in np.mean([r["less_sft"][m] for r in rows], axis=0)))
     head = [*names, "coverage", "log_loss", *(f"{m} less SFT" for m in names[:3])]
     lines = [f"| method | seeds | {' | '.join(head)} |", "|---" * (2 + len(head)) + "|"]
-    lists = {}
+    lists, sft = {}, {}
+    for x in found.values():
+        group = x["config"]["group_by"]
+        sft.setdefault("sft" if group == "genre" else f"sft+group_by={group}", {})[
+            x["config"]["seed"]] = row_of(x, "sft")
+    lists = {name: list(rows.values()) for name, rows in sft.items()}
     for cell, runs in grid.items():
         lists[cell] = [row_of(x) for x in runs]
-        if cell == "ufo":
-            lists["ufo, last round"] = [row_of(x, f"ufo-{x['config']['rounds']}") for x in runs]
-        if runs[0]["config"]["rerank"] and runs[0]["config"]["rounds"]:
-            last = [next(r for r in x["rows"] if r["stage"].startswith("ufo")
-                         and r["stage"].endswith("+rerank")) for x in runs]
-            lists[f"{cell}, then rerank"] = last
-            lists.setdefault("rerank", [row_of(x, "sft+rerank") for x in runs])
-    if len({x["config"]["group_by"] for x in found.values()}) == 1:
-        by_seed = {x["config"]["seed"]: row_of(x, "sft") for x in found.values()}
-        lists = {"sft": list(by_seed.values())} | lists
+        if runs[0]["config"]["method"] == "ufo":
+            lists[f"{cell}, last round"] = [row_of(x, f"ufo-{x['config']['rounds']}") for x in runs]
+            if runs[0]["config"]["rerank"]:
+                lists[f"{cell}, then rerank"] = [reranked(x) for x in runs]
+                lists.setdefault(cell.replace("ufo", "rerank", 1),
+                                 [row_of(x, "sft+rerank") for x in runs])
     for cell, rows in lists.items():
         text = [mean(rows, m) for m in (*names, "coverage", "log_loss")]
-        text += [less(rows, m) if cell != "sft" else "" for m in names[:3]]
+        text += [less(rows, m) if cell not in sft else "" for m in names[:3]]
         lines.append(f"| {cell} | {len(rows)} | " + " | ".join(text) + " |")
     return "\n".join(lines)
 
@@ -202,9 +216,9 @@ def draw_exposure(results, path):
 
 def draw_tradeoff(found, path):
     """MGU against HR, means over seeds with their standard errors: the rounds of ufo as a line,
-    every other cell as a point.
+    every other complete cell, and the group bias, as a point.
     """
-    grid = cells(found)
+    grid, seeds = complete(found)
     k = next(iter(found.values()))["config"]["topk"]
     fig, ax = canvas(7.5, 5)
 
@@ -212,44 +226,47 @@ def draw_tradeoff(found, path):
         values = np.array([[100 * r[f"MGU@{k}"], r[f"HR@{k}"]] for r in rows])
         return values.mean(0), values.std(0, ddof=len(rows) > 1) / len(rows) ** 0.5
 
-    def put(rows, name, color, marker):
+    def put(rows, name, color, marker, label_at=(6, 5)):
         (x, y), (dx, dy) = point(rows)
         ax.errorbar(x, y, dy, dx, fmt=marker, color=color, ms=7, lw=0.8, alpha=0.9)
-        ax.annotate(name, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=8.5,
+        ax.annotate(name, (x, y), xytext=label_at, textcoords="offset points", fontsize=8.5,
                     color=color)
     for cell, runs in grid.items():
         if cell == "ufo":
-            stages = ["sft", *(r["stage"] for r in runs[0]["rows"] if r["stage"][-1].isdigit())]
+            stages = ["sft", *(f"ufo-{t + 1}" for t in range(runs[0]["config"]["rounds"]))]
             line = np.array([point([row_of(x, s) for x in runs])[0] for s in stages])
             ax.plot(*line.T, "-", color=INK["ufo"], lw=1.5, zorder=1)
             put([row_of(x, "sft") for x in runs], "SFT", INK["sft"], "o")
             for s in stages[1:]:
                 put([row_of(x, s) for x in runs], s, INK["ufo"], "D")
-        else:
+            if runs[0]["config"]["rerank"]:
+                put([row_of(x, "sft+rerank") for x in runs], "rerank", INK["history"], "s",
+                    (6, -12))
+                put([reranked(x) for x in runs], "ufo, then rerank", INK["history"], "s")
+        elif cell != "rerank":
             put([row_of(x) for x in runs], cell, INK["pretrained"], "s")
     ax.set_xlabel(f"MGU@{k}, per cent (left is fairer)")
     ax.set_ylabel(f"HR@{k} (up is better)")
-    seeds = max(map(len, grid.values()))
     ax.set_title(f"Unfairness and accuracy on the test item; bars: standard error over {seeds} "
                  f"seeds", loc="left", fontsize=11)
     fig.savefig(path, dpi=150)
 
 
 def draw_judger(found, path):
-    """How often the judger tells a user's item from a made-up one, by round; 1/2 ends the game."""
+    """How often the judger tells a user's item from one that the opponent made up, by round; 1/2
+    ends the game.
+    """
     fig, ax = canvas(7.5, 3.6)
-    for cell, runs in cells(found).items():
-        curves = [[r["judger_accuracy"] for r in x["rounds"]] for x in runs]
-        if not (n := min(map(len, curves))):
-            continue
-        mean = np.mean([c[:n] for c in curves], axis=0)
-        ufo = cell == "ufo"
-        ax.plot(range(1, n + 1), mean, "D-" if ufo else "o-", ms=5, zorder=2 + ufo,
-                color=INK["ufo"] if ufo else INK["pretrained"], alpha=1 if ufo else 0.6)
-        ax.annotate(cell, (n, mean[-1]), xytext=(6, -3), textcoords="offset points", fontsize=8.5)
+    for cell, runs in complete(found)[0].items():
+        game = runs[0]["config"]
+        if game["rounds"] and game["loss"] != "sft" and game["negatives"] == "sampled":
+            mean = np.mean([[r["judger_accuracy"] for r in x["rounds"]] for x in runs], axis=0)
+            style = dict(color=INK["ufo"], zorder=3) if cell == "ufo" else {}
+            ax.plot(range(1, len(mean) + 1), mean, "o-", ms=5, label=cell, **style)
     ax.axhline(0.5, color=INK["history"], lw=0.8, ls=":")
     ax.set_xlabel("round")
     ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend(frameon=False, fontsize=9)
     ax.set_title("The judger's accuracy (mean over a round's steps); 1/2 is the game's end",
                  loc="left", fontsize=11)
     fig.savefig(path, dpi=150)
