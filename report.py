@@ -149,7 +149,8 @@ def table(found):
             lists[f"{cell}, last round"] = [row_of(x, f"ufo-{x['config']['rounds']}") for x in runs]
             if runs[0]["config"]["rerank"]:
                 lists[f"{cell}, then rerank"] = [reranked(x) for x in runs]
-                lists.setdefault(cell.replace("ufo", "rerank", 1),
+                group = runs[0]["config"]["group_by"]
+                lists.setdefault("rerank" if group == "genre" else f"rerank+group_by={group}",
                                  [row_of(x, "sft+rerank") for x in runs])
     for cell, rows in lists.items():
         text = [mean(rows, m) for m in (*names, "coverage", "log_loss")]
@@ -239,12 +240,11 @@ def draw_tradeoff(found, path):
             put([row_of(x, "sft") for x in runs], "SFT", INK["sft"], "o")
             for s in stages[1:]:
                 put([row_of(x, s) for x in runs], s, INK["ufo"], "D")
-            if runs[0]["config"]["rerank"]:
-                put([row_of(x, "sft+rerank") for x in runs], "rerank", INK["history"], "s",
-                    (6, -12))
-                put([reranked(x) for x in runs], "ufo, then rerank", INK["history"], "s")
-        elif cell != "rerank":
+        else:
             put([row_of(x) for x in runs], cell, INK["pretrained"], "s")
+        if runs[0]["config"]["rerank"] and runs[0]["config"]["rounds"]:
+            put([row_of(x, "sft+rerank") for x in runs], "rerank", INK["history"], "s", (6, -12))
+            put([reranked(x) for x in runs], f"{cell}, then rerank", INK["history"], "s")
     ax.set_xlabel(f"MGU@{k}, per cent (left is fairer)")
     ax.set_ylabel(f"HR@{k} (up is better)")
     ax.set_title(f"Unfairness and accuracy on the test item; bars: standard error over {seeds} "
