@@ -205,7 +205,8 @@ def configure(argv):
                               f"folder{nearest(name, known)}")
     out = Path(typed.get("out_dir") or f"out/{Path(name).resolve().name}")
     if typed.get("resume") and (begun := machine.read_checkpoint(out)):
-        typed = inherit(typed, begun, PLACES, f"--resume: {out}")
+        typed = ({k: begun["config"][k] for k in PLACES}
+                 | inherit(typed, begun, PLACES, f"--resume: {out}"))
     elif typed.get("resume") and not {"dataset", "sft_from"} & set(typed) \
             and not (out / "results.json").exists():
         raise data.InputError(f"--resume: no whole checkpoint in {out}; begin there without "
