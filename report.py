@@ -177,12 +177,11 @@ INK = {"history": "#222222", "pretrained": "#8a8f98", "sft": "#d1495b", "ufo": "
 def canvas(width, height):
     """-> (figure, axes), or InputError where matplotlib is not."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise data.InputError("figures need matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    fig, ax = pyplot.subplots(figsize=(width, height), layout="constrained")
+    fig = Figure(figsize=(width, height), layout="constrained")
+    ax = fig.subplots()
     ax.spines[["top", "right"]].set_visible(False)
     return fig, ax
 

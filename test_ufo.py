@@ -1350,7 +1350,7 @@ def test_grid_goes_on_where_it_was_and_makes_the_table(tmp_path, capsys, monkeyp
                      f"--save={tmp_path}/r/toy.json"]) == 0 and len(calls) == 6
     found = json.loads((tmp_path / "r" / "toy.json").read_text())
     assert found["ufo+gamma=0.1-0"]["config"]["gamma"] == 0.1 and len(found) == 5
-    assert len(report.table(found).splitlines()) == 7
+    assert len(report.table(found).splitlines()) == 8
     for bad, why in (("--methods=uffo", "did you mean ufo"), ("--seeds=a", "whole numbers"),
                      ("--seed=1", "has --methods, --seeds"), ("--methods=ufo+seed=1", "cell's own"),
                      ("--methods=ufo+gama=1", "did you mean gamma"),
