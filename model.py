@@ -399,7 +399,7 @@ def save_peft(model, name, folder, base, revision=None):
                     tensors[f"{at}.lora_{kind}.weight"] = p.detach().cpu().contiguous()
     layer = model.blocks[0].q
     rank = layer.lora_a[name].shape[0]
-    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").write_bytes(safetensors.torch.save(tensors))
     parts = [their.split(".")[1] for their in THEIRS.values() if "proj" in their]
     (folder / "adapter_config.json").write_text(json.dumps({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import difflib
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -863,15 +864,20 @@ def finish(run, end):
         "versions": machine.versions(run), "origins": origins, "yardsticks": yardsticks, "rows": plain,
         "chosen": chosen, "rounds": run.state["rounds"], "skipped_steps": run.state["skipped"],
         "validation": [strip(r) for r in run.state["measured"].values() if r["split"] == "val"]}
+    model = io.BytesIO()                # torch's own writing to a full disk is no OSError
+    torch.save({"config": dataclasses.asdict(cfg)} | run.weights(), model)
     try:
-        torch.save({"config": dataclasses.asdict(cfg)} | run.weights(), run.out / "model.pt")
         if cfg.init_from != "scratch":
             stand_in = "==" in run.source       # not the weights that init_from names: say which
             save_peft(run.policies.tuned, "player", run.out / "adapter", run.source if stand_in
                       else cfg.init_from, run.source.partition("@")[2] or None)
-        (run.out / "results.json.new").write_text(json.dumps(results, indent=1))
-        os.replace(run.out / "results.json.new", run.out / "results.json")
+        for name, raw in (("model.pt", model.getbuffer()),
+                          ("results.json", json.dumps(results, indent=1).encode())):
+            (run.out / f"{name}.new").write_bytes(raw)
+            os.replace(run.out / f"{name}.new", run.out / name)
     except OSError as e:
+        for path in run.out.glob("*.new"):
+            path.unlink()
         run.save()
         raise data.InputError(f"{run.out}: {e.strerror}; make room there and --resume") from None
     if importlib.util.find_spec("matplotlib"):
