@@ -12,6 +12,7 @@ import platform
 import resource
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -70,7 +71,7 @@ def peak_memory(device):
 def versions(run):
     found = {p: importlib.metadata.version(p) for p in ("torch", "transformers", "tiktoken", "numpy")}
     card = torch.cuda.get_device_name() if run.device.type == "cuda" else platform.machine()
-    return found | {"python": platform.python_version(),  "base": run.source, "data": run.ds.source,
+    return found | {"python": platform.python_version(),  "base": run.source, "data": Path(run.ds.source).name,
                     "device": f"{run.device.type} {card}", "dtype": str(run.dtype)[6:]}
 
 
