@@ -69,9 +69,11 @@ def peak_memory(device):
 
 
 def versions(run):
-    found = {p: importlib.metadata.version(p) for p in ("torch", "transformers", "tiktoken", "numpy")}
+    packages = "torch", "transformers", "tiktoken", "numpy"
+    found = {p: importlib.metadata.version(p) for p in packages}
     card = torch.cuda.get_device_name() if run.device.type == "cuda" else platform.machine()
-    return found | {"python": platform.python_version(),  "base": run.source, "data": Path(run.ds.source).name,
+    return found | {"python": platform.python_version(), "base": run.source,
+                    "data": Path(run.ds.source).name,
                     "device": f"{run.device.type} {card}", "dtype": str(run.dtype)[6:]}
 
 
