@@ -861,8 +861,8 @@ def finish(run, end):
             row["less_rerank"] = run.difference(full, stages["sft+rerank"])
     results = {
         "config": {key: v for key, v in dataclasses.asdict(cfg).items() if key not in PLACES},
-        "versions": machine.versions(run), "origins": origins, "yardsticks": yardsticks, "rows": plain,
-        "chosen": chosen, "rounds": run.state["rounds"], "skipped_steps": run.state["skipped"],
+        "versions": machine.versions(run), "origins": origins, "yardsticks": yardsticks,
+        "rows": plain, "chosen": chosen, "rounds": run.state["rounds"], "skipped_steps": run.state["skipped"],
         "validation": [strip(r) for r in run.state["measured"].values() if r["split"] == "val"]}
     model = io.BytesIO()                # torch's own writing to a full disk is no OSError
     torch.save({"config": dataclasses.asdict(cfg)} | run.weights(), model)
