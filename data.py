@@ -898,8 +898,9 @@ def pad(docs, multiple=1):
     return out
 
 
-def training_batches(ds, size, batch_size, tokens, rng):
-    """Endless batches of batch_size windows, each of at most `size` titles of a training history.
+def training_batches(histories, size, batch_size, tokens, rng):
+    """Endless batches of batch_size windows, each of at most `size` titles of one of the training
+    histories.
     In an epoch every title but a user's first is a target once, since a window begins with the
     title the one before ended with. Where the cuts fall is drawn anew.
 
@@ -910,8 +911,7 @@ def training_batches(ds, size, batch_size, tokens, rng):
     step, waiting = size - 1, []
     while True:
         epoch = waiting
-        for u in range(len(ds.users)):
-            h = ds.train(u)
+        for h in histories:
             starts = range(-int(rng.integers(step)), len(h) - 1, step)
             epoch += [w for s in starts if len(w := h[max(0, s):s + size]) > 1]
         order = rng.permutation(len(epoch))

@@ -910,7 +910,8 @@ def test_popularity_groups_and_windows(toy):
     assert target[1] == h.histories[0][-1] and val_target[1] == h.histories[0][-3]
     assert len(val_history[0]) == len(h.train(0))
     rng, seen = np.random.default_rng(0), np.zeros(len(ds.titles), int)
-    gen = data.training_batches(ds, 5, 1, catalog.lengths, rng)
+    train_part = [ds.train(u) for u in range(len(ds.users))]
+    gen = data.training_batches(train_part, 5, 1, catalog.lengths, rng)
     targets = sum(len(ds.train(u)) - 1 for u in range(len(ds.users)))
     # one epoch: every title but the first, once
     while targets > 0:
@@ -922,7 +923,7 @@ def test_popularity_groups_and_windows(toy):
     assert targets == 0 and (seen == want).all()
     # batches of like length: hardly any padding, where drawing at random would have much
     size = lambda w: catalog.lengths[w].sum()
-    gen = data.training_batches(ds, 30, 8, catalog.lengths, rng)
+    gen = data.training_batches(train_part, 30, 8, catalog.lengths, rng)
     batches = [[size(w) for w in next(gen)] for _ in range(12)]
     padding = lambda batches: sum(8 * max(b) for b in batches) / np.sum(batches) - 1
     assert padding(batches) < 0.5 * padding(rng.permutation(np.ravel(batches)).reshape(12, 8))
@@ -971,7 +972,18 @@ def test_spaced_keeps_all_cases_of_its_users():
     user = np.repeat(np.arange(10), 2)
     kept, history, target = train.spaced((user, list(range(20)), np.arange(20)), 5)
     assert kept.tolist() == [0, 0, 2, 2, 4, 4, 6, 6, 8, 8] and target.tolist() == history
-    assert train.spaced((user, [], target), 0)[0] is user
+    assert train.spaced((user, [None] * 20, user), 0)[0].tolist() == user.tolist()
+
+
+def test_train_users_sees_the_histories_of_so_many_users_alone(tmp_path):
+    """--train_users: the few-shot regime; every window is of one of those users, evenly spaced."""
+    run = train.Run(train.configure([*SMALL, f"--out_dir={tmp_path}", "--train_users=4"]))
+    n, windows = len(run.ds.users), [w for _, b in zip(range(20), run.batches(1, 0)) for w in b]
+    of = lambda w: {u for u in range(n) if set(w) <= set(run.ds.train(u))}
+    kept = {0, n // 4, n // 2, 3 * n // 4}
+    assert all(of(w) & kept for w in windows)
+    assert set().union(*(of(w) for w in windows if len(of(w)) == 1)) == kept
+    assert len(run.cases["test"][0]) == n               # everyone is measured
 
 
 def test_options():

@@ -46,6 +46,7 @@ class Config:
     target: str = "history"         # fair is: as in the histories | equal | yours (judger.TARGETS)
     holdout: int = 1                # a user's last so many items are test, as many before val
     max_users: int = 0              # keep this many users (0: all; toy: 900)
+    train_users: int = 0            # SFT and the game see this many's histories (0: all)
     eval_users: int = 0             # measure on this many, evenly spaced (0: all)
     history: int = 20               # titles of the history that a prompt shows
     topk: int = 10                  # length K of a recommendation list
@@ -132,7 +133,7 @@ CHOICES = {
     "search": ("auto", "best-first", "catalog"),
 }
 AT_LEAST = dict(
-    holdout=1, max_users=0, eval_users=0, history=1, topk=1, batch_size=1, eval_batch=1, dropout=0,
+    holdout=1, max_users=0, train_users=0, eval_users=0, history=1, topk=1, batch_size=1, eval_batch=1, dropout=0,
     lora_rank=1, sft_window=2, seed=0, save_every=0, weight_decay=0, sft_iters=0, eval_every=1,
     patience=0, pretrain_iters=0, rounds=0, round_iters=1, branches=1, num_negatives=1, gamma=0,
     lam=0, alpha=0)
@@ -472,10 +473,10 @@ class Run:
         """Endless batches of training windows, in the order of the number `what`, from the batch
         `start` on.
         """
-        rng = np.random.default_rng([self.cfg.seed, what])
+        cfg, users = self.cfg, evenly(len(self.ds.users), self.cfg.train_users)
         return itertools.islice(data.training_batches(
-            self.ds, self.cfg.sft_window, self.cfg.batch_size, self.catalog.lengths, rng),
-            start, None)
+            [self.ds.train(u) for u in users], cfg.sft_window, cfg.batch_size, self.catalog.lengths,
+            np.random.default_rng([cfg.seed, what])), start, None)
 
     def width(self, rows):
         """How many prefixes `Search.top_k` runs at a time; 0: the whole catalog in one pass, which
@@ -826,10 +827,13 @@ def spaced(cases, n):
     """The cases (user, history, target) of n users, evenly spaced; of all if n is 0 or too many."""
     user, history, target = cases
     ids = np.unique(user)
-    if not 0 < n < len(ids):
-        return cases
-    kept = np.flatnonzero(np.isin(user, ids[np.arange(n) * len(ids) // n]))
+    kept = np.flatnonzero(np.isin(user, ids[evenly(len(ids), n)]))
     return user[kept], [history[k] for k in kept], target[kept]
+
+
+def evenly(total, n):
+    """n of the numbers 0 .. total - 1, evenly spaced; all of them if n is 0 or too many."""
+    return np.arange(n) * total // n if 0 < n < total else np.arange(total)
 
 
 def set_lr(opt, peak, it, total):
