@@ -48,6 +48,7 @@ class Config:
     max_users: int = 0              # keep this many users (0: all; toy: 900)
     train_users: int = 0            # SFT and the game see this many's histories (0: all)
     eval_users: int = 0             # measure on this many, evenly spaced (0: all)
+    vocab_users: int = 200          # and the pretrained model over="vocab" on this many (0: none)
     history: int = 20               # titles of the history that a prompt shows
     topk: int = 10                  # length K of a recommendation list
     seed: int = 0                   # of everything drawn; the toy world itself too
@@ -133,7 +134,8 @@ CHOICES = {
     "search": ("auto", "best-first", "catalog"),
 }
 AT_LEAST = dict(
-    holdout=1, max_users=0, train_users=0, eval_users=0, history=1, topk=1, batch_size=1, eval_batch=1, dropout=0,
+    holdout=1, max_users=0, train_users=0, eval_users=0,
+    vocab_users=0, history=1, topk=1, batch_size=1, eval_batch=1, dropout=0,
     lora_rank=1, sft_window=2, seed=0, save_every=0, weight_decay=0, sft_iters=0, eval_every=1,
     patience=0, pretrain_iters=0, rounds=0, round_iters=1, branches=1, num_negatives=1, gamma=0,
     lam=0, alpha=0)
@@ -913,8 +915,9 @@ def main(cfg):
             run.pretrain()
             run.enter("sft")
         run.measure("pretrained", "test")
-        # over the vocabulary no token is forced, which is slow: 200 users are enough
-        run.measure("pretrained", "test", over="vocab", stage="pretrained-vocab", most=200)
+        if cfg.vocab_users:     # no token is forced there, which is slow
+            run.measure("pretrained", "test", over="vocab", stage="pretrained-vocab",
+                        most=cfg.vocab_users)
         E_pre = np.array(run.measure("pretrained", "val")["E"])
         if run.state["stage"] == "sft":
             run.sft()
