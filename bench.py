@@ -31,12 +31,12 @@ import numpy as np
 import torch
 
 import corrector
-import data
 import judger
 import selfplay
+from catalog import Catalog, Tokenizer, pad
+from config import check, exit_code, parse
 from machine import choose_device, matmul_peak, peak_memory
 from model import Model, ModelConfig
-from train import check, exit_code, parse
 
 
 @dataclass
@@ -93,11 +93,11 @@ class World:
     def __init__(self, cfg, device, dtype):
         rng = np.random.default_rng(cfg.seed)
         torch.manual_seed(cfg.seed)
-        tokenizer = data.Tokenizer(lambda text: [1 if t == "\n" else int(t) for t in
-                                                 text.replace("\n", " \n").split(" ")],
-                                   cfg.vocab_size, "numbers")
-        self.catalog = data.Catalog(titles(cfg.n_titles, rng, cfg.vocab_size), "0 0 0 0\n",
-                                    tokenizer, cfg.history)
+        tokenizer = Tokenizer(lambda text: [1 if t == "\n" else int(t) for t in
+                                            text.replace("\n", " \n").split(" ")],
+                              cfg.vocab_size, "numbers")
+        self.catalog = Catalog(titles(cfg.n_titles, rng, cfg.vocab_size), "0 0 0 0\n", tokenizer,
+                               cfg.history)
         self.catalog.trie.to(device)
         self.model = Model(ModelConfig(cfg.vocab_size, cfg.dim, cfg.n_layers, cfg.n_heads,
                                        cfg.n_kv_heads, cfg.dim // cfg.n_heads, cfg.ffn_dim))
@@ -168,7 +168,7 @@ def peer_log_q(hf, catalog, rows, targets):
     device = trie.token.device
     docs = [catalog.document(h)[0] for h in rows]
     full = [d + catalog.tokens[i] for d, i in zip(docs, targets)]
-    tokens = data.pad(full).to(device)
+    tokens = pad(full).to(device)
     real = torch.arange(tokens.shape[1], device=device) < torch.tensor([len(f) for f in full],
                                                                        device=device)[:, None]
     logits = hf(input_ids=tokens, attention_mask=real.long(), use_cache=False).logits     # (N,T,V)

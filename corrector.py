@@ -28,8 +28,8 @@ def loss(f, weights):
 
 def sft(f, weights):
     """Weighted fine-tuning, no game: f(y) is lam * log q(y) less what does not train, so -f(y) has
-    the gradient of the log-loss. With the weights of (8) this is reweighted SFT (IFairLRS), each
-    weight on its own sample.
+    lam times the gradient of the log-loss. With the weights of (8) this is reweighted SFT
+    (IFairLRS), each weight on its own sample.
     """
     return -(weights / weights.mean() * f[:, 0]).mean()
 

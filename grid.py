@@ -19,12 +19,12 @@ from pathlib import Path
 
 import data
 import report
-from train import METHODS, PLACES, Config, exit_code, nearest, parse
+from config import METHODS, PLACES, Config, exit_code, nearest, parse
 
 
 @dataclass
 class Grid:
-    methods: str = "ufo"        # names in train.METHODS, with +options, separated by commas
+    methods: str = "ufo"        # names in config.METHODS, with +options, separated by commas
     seeds: str = "0,1,2"
     dataset: str = "toy"
     grid_dir: str = "out/grid"

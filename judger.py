@@ -22,8 +22,8 @@ def origins(E_star, E_pre, E_sft):
     b, shift = E_pre - E_star, E_sft - E_pre
     c = covariance(b, shift)
     spread = np.sqrt(covariance(b, b) * covariance(shift, shift))
-    return {"b": b, "shift": shift, "covariance": float(c), "correlation": float(c / spread)
-            if spread > 0 else 0.0}
+    return {"b": b, "shift": shift, "covariance": float(c),
+            "correlation": float(c / spread) if spread > 0 else 0.0}
 
 
 def covariance(x, y):
@@ -38,18 +38,17 @@ def covariance_debiased(star, pre, sft, users, n_split=1000, seed=0):
     star, pre, sft: (sums (N, G), counts (N,)) as `metrics.group_sums` gives for the histories
     shown, the pretrained and the fine-tuned lists; users (N,). The halves share no user, so no
     noise stands in both factors and the product is unbiased. Averaged over n_split random halvings;
-    the 95 % interval is of halvings whose halves are each resampled by user. Returns (covariance,
-    [low, high]).
+    the 95 % interval is of halvings whose halves are each resampled by user, which is somewhat too
+    wide (one halving is noisier than their average). Returns (covariance, [low, high]).
     """
     rng, ids = np.random.default_rng(seed), np.unique(users)
     if len(ids) < 4:
         return float("nan"), [float("nan")] * 2
     index = np.searchsorted(ids, users)
-    # (R, U) in the first half
-    half = np.argsort(rng.random((n_split, len(ids))), axis=1) < len(ids) // 2
+    half = np.argsort(rng.random((n_split, len(ids))), axis=1) < len(ids) // 2     # (R, U)
 
-    # weights of users (R, U) each
     def estimate(first, second):
+        """Weights of the users in either half (R, U) -> covariances (R,)."""
         parts = []
         for w in (first[:, index], second[:, index]):
             e_star, e_pre, e_sft = (metrics.exposure(*x, w) for x in (star, pre, sft))
@@ -57,8 +56,8 @@ def covariance_debiased(star, pre, sft, users, n_split=1000, seed=0):
         (b1, s1), (b2, s2) = parts
         return (covariance(b1, s2) + covariance(b2, s1)) / 2
 
-    resample = lambda h: np.array([rng.multinomial(n, row / n) for row, n in zip(h.astype(float),
-        h.sum(1))], float)
+    def resample(half):
+        return np.array([rng.multinomial(h.sum(), h / h.sum()) for h in half.astype(float)], float)
     point = estimate(half.astype(float), (~half).astype(float)).mean()
     return float(point), metrics.interval(estimate(resample(half), resample(~half)))
 
@@ -102,12 +101,15 @@ def control(log_v, E_star, E_t, gamma, eps=1e-3, limit=np.log(10)):
 def fit_bias(scores, A, E_star, k, turns=60, gain=0.3):
     """Post-hoc re-ranking, the free baseline: a bias beta(g) for every group, such that the top k
     of scores (N, I) + A beta are exposed as E_star wants. The controller (7) again, turned on fixed
-    scores until it stands; of its turns, the one with the least MGU. -> beta (G,).
+    scores until it stands, within the same limits; of its turns, the one with the least MGU. Scores
+    of what a user has seen are -inf. -> beta (G,).
     """
     beta = best = np.zeros(A.shape[1])
     least = np.inf
     for _ in range(turns):
-        lists = np.argpartition(-(scores + A @ beta), k, axis=1)[:, :k]
+        biased = scores + A @ beta
+        lists = np.argpartition(-biased, k, axis=1)[:, :k]
+        lists[np.isinf(np.take_along_axis(biased, lists, 1))] = -1     # seen: fewer than k are left
         E = metrics.exposure(*metrics.group_sums(A, lists))
         if (unfair := metrics.mgu(E - E_star)) < least:
             least, best = unfair, beta

@@ -2,22 +2,33 @@
 power cut, and who else is told.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import io
 import itertools
+import json
 import os
 import platform
 import resource
+import signal
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import data
+
+# MKL chooses the kernel of each vector function in its first call of a process. Made by several
+# threads at once, that call can be good to 1.5e-4 only in one of them (pytorch issue 188792), and
+# a resumed run differ from the one it continues; so one thread makes it here.
+for function in (torch.cos, torch.sin, torch.exp, torch.log, torch.sqrt):
+    function(torch.ones(1))
 
 
 def choose_device(cfg):
@@ -46,11 +57,12 @@ def choose_device(cfg):
 
 def matmul_peak(device, dtype):
     """The most operations a second that a matrix product reaches here: what utilisation is a share
-    of. Best of some sizes and tries, in `dtype`; takes a second.
+    of. Best of some sizes and tries, in `dtype`; takes a second. Draws from no shared generator.
     """
+    own = torch.Generator(device).manual_seed(0)
     best, sync = 0.0, torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for n in (4096, 8192) if device.type == "cuda" else (512, 1024, 2048):
-        a = torch.randn(n, n, device=device).to(dtype)
+        a = torch.randn(n, n, device=device, generator=own).to(dtype)
         for _ in range(6):
             sync()
             t0 = time.perf_counter()
@@ -69,6 +81,7 @@ def peak_memory(device):
 
 
 def versions(run):
+    """What a result depends on beside its options: packages, base model, data, device."""
     packages = "torch", "transformers", "tiktoken", "numpy"
     found = {p: importlib.metadata.version(p) for p in packages}
     card = torch.cuda.get_device_name() if run.device.type == "cuda" else platform.machine()
@@ -115,6 +128,117 @@ def read_checkpoint(folder, stem="checkpoint"):
     return None
 
 
+class Stopped(Exception):
+    """Ctrl-C: the run has saved itself."""
+
+
+class Resumable:
+    """A run that may be stopped at any moment and then goes on as if it never had been: its folder,
+    its log, its checkpoints, Ctrl-C.
+
+    A subclass has `cfg`, `device` and `start`, a time; `state`, plain numbers, lists and tensors
+    that say how far it is (the "stage", and "it", its steps made); `opt` and `scaler`; and
+    weights() and made_of(): what of it is to be saved, and on what it was begun.
+    """
+
+    def open(self, out):
+        """Make the folder `out` ready. -> the checkpoint to go on from, or None. InputError where
+        it cannot be written, another run is at work there or left an unfinished one.
+        """
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            self.log_file = open(out / "log.jsonl", "a+")
+            try:
+                fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise data.InputError(f"{out}: another run is at work there; wait for its end, or "
+                                      f"use another --out_dir") from None
+            except OSError:                 # a file system without locks
+                pass
+            checkpoint = read_checkpoint(out)
+            if checkpoint and not self.cfg.resume:
+                raise data.InputError(f"{out} holds an unfinished run: --resume goes on with it; "
+                                      f"or delete its checkpoint*.pt, or use another --out_dir")
+            if not checkpoint:
+                self.log_file.truncate(0)
+                (out / "sft.pt").unlink(missing_ok=True)    # another run's
+        except OSError as e:
+            raise data.InputError(f"--out_dir={out}: {e.strerror}; choose another") from None
+        self.out, self.saved, self.stop = out, time.time(), False
+        self.track = tracker(self.cfg)
+        return checkpoint
+
+    def save(self, stem="checkpoint"):
+        """Write a checkpoint of all there is. -> whether that could be done."""
+        self.state["minutes"] = self.minutes()
+        cuda = {"cuda_rng": torch.cuda.get_rng_state()} if self.device.type == "cuda" else {}
+        done = write_checkpoint(self.out, self.weights() | cuda | {
+            "config": dataclasses.asdict(self.cfg), "state": self.state, "made_of": self.made_of(),
+            "optimizer": self.opt.state_dict(), "scaler": self.scaler.state_dict(),
+            "rng": torch.get_rng_state(), "log_size": self.log_file.tell()},
+            stem)
+        self.saved = time.time()
+        return done
+
+    def go_on(self, checkpoint):
+        """torch's random state, the log and the clock as they were when `checkpoint` was saved."""
+        torch.set_rng_state(checkpoint["rng"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+        self.log_file.truncate(min(checkpoint["log_size"], self.log_file.seek(0, os.SEEK_END)))
+        self.log_file.seek(0, os.SEEK_END)
+        self.start = time.time() - 60 * self.state["minutes"]
+        print(f"going on from {self.where()}, minute {self.state['minutes']:.1f}")
+
+    @contextlib.contextmanager
+    def working(self):
+        """Ctrl-C asks to stop where the state is whole (`breathe`); a second one stops at once."""
+        def ask_to_stop(*_):
+            self.stop = True
+            signal.signal(signal.SIGINT, before)
+        before = signal.signal(signal.SIGINT, ask_to_stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+            self.log_file.close()
+
+    def breathe(self):
+        """Called wherever the state is whole: saves now and then, and stops if Ctrl-C was hit."""
+        due = self.stop or time.time() - self.saved >= self.cfg.save_every
+        saved = due and self.save()
+        if self.stop:
+            raise Stopped(f"stopped {'and saved' if saved else 'but NOT saved'}; to go on: python "
+                          f"train.py --resume --out_dir={self.cfg.out_dir}")
+
+    def steps(self, name, total):
+        """The steps of a stage that are still to be made, with a bar."""
+        self.bar = tqdm(range(self.state["it"], total), name, total=total, leave=False,
+                        initial=self.state["it"], disable=None)
+        for it in self.bar:
+            self.breathe()
+            yield it
+            self.state["it"] = it + 1
+
+    def where(self):
+        """How far the run is, in words."""
+        s = self.state
+        game = f", round {s['round']}" if s["stage"] == "game" else ""
+        return f"{s['stage']}{game}, step {s['it']}"
+
+    def minutes(self):
+        return (time.time() - self.start) / 60
+
+    def log(self, **line):
+        """A line of log.jsonl. A full disk costs the line, not the run."""
+        self.track(line)
+        try:
+            self.log_file.write(json.dumps(line | {"minutes": round(self.minutes(), 3)}) + "\n")
+            self.log_file.flush()
+        except OSError as e:
+            print(f"!! {self.out}/log.jsonl: {e.strerror}; a line was lost", flush=True)
+
+
 # ---------------------------------------------------------------------- speed, and other logs
 
 class Speed:
@@ -144,13 +268,14 @@ class Speed:
         if not self.seconds:
             return f"{self.steps} steps, too few to time"
         s, run = sum(self.seconds), self.run
+        peak = matmul_peak(run.device, run.dtype)
         rate = {"titles_per_s": self.titles / s, "tokens_per_s": self.tokens / s,
-                "flops_per_s": self.flops / s, "utilisation": self.flops / s / run.peak}
-        run.log(event="speed", **rate, matmul_flops_per_s=run.peak)
+                "flops_per_s": self.flops / s, "utilisation": self.flops / s / peak}
+        run.log(event="speed", **rate, matmul_flops_per_s=peak)
         return (f"{self.steps} steps, median {1e3 * np.median(self.seconds):.0f} ms; "
                 f"{rate['titles_per_s']:.0f} titles, {rate['tokens_per_s']:.0f} tokens a second; "
                 f"{rate['flops_per_s'] / 1e12:.3g} TFLOP/s, {rate['utilisation']:.0%} of the "
-                f"{run.peak / 1e12:.3g} that a {str(run.dtype)[6:]} matrix product reaches here; "
+                f"{peak / 1e12:.3g} that a {str(run.dtype)[6:]} matrix product reaches here; "
                 f"at most {peak_memory(run.device):.1f} GiB")
 
 

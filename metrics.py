@@ -1,5 +1,4 @@
-"""What is measured: exposure and unfairness (2)-(4), accuracy, diversity, and how sure of each we
-are.
+"""What is measured: exposure and unfairness (2)-(4), accuracy, diversity, and how sure we are.
 
 Pure functions on NumPy arrays. U users, N prediction cases (a user may have several), K places in a
 list, I items, G groups, W bootstrap weightings. A list of items shorter than the others is padded
@@ -73,8 +72,8 @@ def bootstrap_weights(users, n, rng):
     drawn.
     """
     ids, index = np.unique(users, return_inverse=True)
-    return rng.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), size=n)[:,
-        index].astype(float)
+    drawn = rng.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), size=n)
+    return drawn[:, index].astype(float)
 
 
 def interval(samples):
@@ -89,8 +88,10 @@ def report(A, users, histories, lists, targets, log_loss, fair=lambda E: E, n_bo
     (N,); log_loss (N,) nats, -log q of the target; fair: histories' exposure -> E*, the same unless
     a judger has another target. Returns a dict: the figures by their names with
     K in them, `ci` (95 % bootstrap intervals over users, always the same draws, so that two
-    policies' figures are resampled alike), `MGU_floor` (the expected MGU were the true GU zero: the
-    mean MGU of the bootstrap's deviations), E_star and E (G,).
+    policies' figures are resampled alike; those of MGU and DGU are centred on the figure, which
+    itself contains the noise, so compare MGU with the floor and not with 0), `MGU_floor` (the
+    expected MGU were the true GU zero: the mean MGU of the bootstrap's deviations), E_star and E
+    (G,).
     """
     k, w = lists.shape[1], bootstrap_weights(users, n_boot, np.random.default_rng(0))
     shown, listed = group_sums(A, histories), group_sums(A, lists)
@@ -118,9 +119,10 @@ def difference(A, users, histories, a, b, targets, fair=lambda E: E, n_boot=1000
     for name, x in ((f"HR@{k}", hits), (f"NDCG@{k}", ndcg)):
         d = x(np.asarray(a), targets) - x(np.asarray(b), targets)
         found[name] = [float(d.mean()), *interval(w @ d / w.sum(1))]
-    gu = [[exposure(*group_sums(A, lists), v) - fair(exposure(*shown, v)) for v in (None, w)]
-          for lists in (a, b)]
+    # GU of both, as it is (G,) and resampled (W, G)
+    gu_a, gu_b = (exposure(*group_sums(A, x)) - fair(exposure(*shown)) for x in (a, b))
+    gu_aw, gu_bw = (exposure(*group_sums(A, x), w) - fair(exposure(*shown, w)) for x in (a, b))
     for name, f in ((f"MGU@{k}", mgu), (f"DGU@{k}", dgu)):
-        point, samples = (f(gu[0][j]) - f(gu[1][j]) for j in (0, 1))
+        point, samples = f(gu_a) - f(gu_b), f(gu_aw) - f(gu_bw)
         found[name] = [float(point), *interval(samples - samples.mean() + point)]
     return found

@@ -33,8 +33,7 @@ class ModelConfig:
     head_dim: int = 24            # width of one head (E)
     ffn_dim: int = 256            # inner width of the SwiGLU
     rope_base: float = 10000.0    # slowest rotary wavelength is about 2 pi times this, in tokens
-    # Llama-3's stretching of the slow frequencies, as transformers names it
-    rope_scaling: dict = None
+    rope_scaling: dict = None     # Llama-3 stretches the slow ones; keys as in transformers
     norm_eps: float = 1e-5
     qkv_bias: bool = False        # Qwen2 has biases on q, k and v
     tied: bool = True             # the output layer is the embedding
@@ -50,13 +49,12 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
-        # adapter's name -> matrix
-        self.lora_a, self.lora_b = nn.ParameterDict(), nn.ParameterDict()
+        self.lora_a, self.lora_b = nn.ParameterDict(), nn.ParameterDict()   # by adapter's name
         self.active, self.scale = None, 1.0
 
     def forward(self, x):
-        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None
-                     else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = F.linear(x, self.weight.to(x.dtype), bias)
         if self.active is not None:
             a, b = self.lora_a[self.active], self.lora_b[self.active]
             y = y + F.linear(F.linear(x, a.to(x.dtype)) * self.scale, b.to(x.dtype))
@@ -68,18 +66,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
-    # the mean of squares in float32 whatever x is
     def forward(self, x):
-        h = x.float()
+        h = x.float()                                   # the mean of squares in float32
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight.to(x.dtype) * h.to(x.dtype)
-
-
-# MKL chooses the kernel of each vector function in its first call of a process. Made by several
-# threads at once, that call can be good to 1.5e-4 only in one of them (pytorch issue 188792), and
-# a resumed run differ from the one it continues; so one thread makes it here.
-for function in (torch.cos, torch.sin, torch.exp, torch.log, torch.sqrt):
-    function(torch.ones(1))
 
 
 def rope_frequencies(config):
@@ -94,11 +84,9 @@ def rope_frequencies(config):
     if s["rope_type"] != "llama3":
         raise ValueError(f"rope scaling {s['rope_type']!r} is not built in: only 'default' and "
                          f"'llama3'")
-    # turns over the original context
-    turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)
+    turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)   # over that context
     low, high = s["low_freq_factor"], s["high_freq_factor"]
-    # 1: fast, left alone; 0: fully stretched
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)       # 1: fast, left alone; 0: all stretched
     return freq * (keep + (1 - keep) / s["factor"])
 
 
@@ -184,16 +172,13 @@ class Model(nn.Module):
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.head = None if config.tied else nn.Parameter(torch.empty(config.vocab_size,
-            config.dim))
+        self.head = None if config.tied else nn.Parameter(torch.empty_like(self.embed))
         self.drop = nn.Dropout(config.dropout)
         self.register_buffer("rope", rope_frequencies(config), persistent=False)
-        for name, p in self.named_parameters():
-            # GPT-2's start: .02, less on the residual branches
+        for name, p in self.named_parameters():             # GPT-2's start
             if p.dim() == 2:
-                shrink = math.sqrt(2 * config.n_layers) if name.endswith(("o.weight",
-                    "down.weight")) else 1.0
-                nn.init.normal_(p, std=0.02 / shrink)
+                residual = name.endswith(("o.weight", "down.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layers) if residual else 0.02)
 
     def forward(self, tokens, positions=None, mask=None, cache=None):
         """tokens (B,T) int64 -> hidden states after the last norm (B,T,D).
@@ -211,8 +196,7 @@ class Model(nn.Module):
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
         angle = positions[:, None, :, None].float() * self.rope                    # (B,1,T,E/2)
         cos, sin = angle.cos().to(self.compute_dtype), angle.sin().to(self.compute_dtype)
-        # one mask for all heads
-        mask = None if mask is None else mask[:, None]
+        mask = None if mask is None else mask[:, None]                             # for all heads
         x = self.drop(F.embedding(tokens, self.embed).to(self.compute_dtype))
         if cache is not None and not cache:
             cache += [KV() for _ in self.blocks]
@@ -248,7 +232,10 @@ class Model(nn.Module):
         once more for the gradient of what came in, and once more again if it is trained: so a
         trained token costs about 4N with a frozen base of N weights (its adapters 6), not 6N.
         """
-        c, times = self.config, lambda p: 2 * (1 + train * (1 + p.requires_grad))
+        c = self.config
+
+        def times(p):               # operations a weight and token
+            return 2 if not train else 6 if p.requires_grad else 4
         weights = [p for m in self.linears() for p in (m.weight, *(
             () if m.active is None else (m.lora_a[m.active], m.lora_b[m.active])))]
         attention = 2 * context * c.n_layers * c.n_heads * c.head_dim * (6 if train else 2)
@@ -271,20 +258,19 @@ class Model(nn.Module):
                 p.data = p.data.to(self.compute_dtype)
         return self
 
-    def add_adapter(self, name, rank, alpha=None, like=None):
+    def add_adapter(self, name, rank, like=None):
         """Add LoRA matrices to every linear layer of the blocks; B = 0, so the adapter starts as
         the base.
 
-        rank r > 0; the product is scaled by alpha / r (default alpha = 2r, one scale for all
-        adapters of a model). like: name of an adapter to start as a copy of instead.
+        rank r > 0; the product is scaled by alpha / r = 2. like: name of an adapter to start as a
+        copy of instead.
         """
         for m in self.linears():
-            m.scale = (2 * rank if alpha is None else alpha) / rank
+            m.scale = 2.0
             d_out, d_in = m.weight.shape
-            a, b = torch.empty(rank, d_in, device=m.weight.device), torch.zeros(d_out, rank,
-                device=m.weight.device)
+            a = torch.empty(rank, d_in, device=m.weight.device)     # float32, whatever the base is
+            b = torch.zeros(d_out, rank, device=m.weight.device)
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-            # float32, whatever the base is
             m.lora_a[name], m.lora_b[name] = nn.Parameter(a), nn.Parameter(b)
         if like is not None:
             self.load_adapter(name, self.adapter_state(like))
@@ -330,17 +316,16 @@ def config_from_hf(hf):
     if hf.model_type not in ARCHITECTURES:
         raise ValueError(f"model type {hf.model_type!r} is not supported: one of "
                          f"{', '.join(ARCHITECTURES)}")
-    if getattr(hf, "use_sliding_window", False) or hf.hidden_act != "silu" or getattr(hf,
-        "mlp_bias", False):
+    sliding, mlp_bias = getattr(hf, "use_sliding_window", False), getattr(hf, "mlp_bias", False)
+    if sliding or mlp_bias or hf.hidden_act != "silu":
         raise ValueError("sliding windows, biases in the MLP and activations other than silu are "
                          "not built in")
     rope = dict(getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {})
     base = rope.pop("rope_theta", None) or getattr(hf, "rope_theta", 10000.0)
     return ModelConfig(
         vocab_size=hf.vocab_size, dim=hf.hidden_size, n_layers=hf.num_hidden_layers,
-        n_heads=hf.num_attention_heads,
-        n_kv_heads=hf.num_key_value_heads, ffn_dim=hf.intermediate_size, rope_base=base,
-        rope_scaling=rope or None,
+        n_heads=hf.num_attention_heads, n_kv_heads=hf.num_key_value_heads,
+        ffn_dim=hf.intermediate_size, rope_base=base, rope_scaling=rope or None,
         head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
         norm_eps=hf.rms_norm_eps,
         qkv_bias=hf.model_type == "qwen2" or bool(getattr(hf, "attention_bias", False)),
@@ -364,8 +349,8 @@ def from_hf(hf_model):
                     ours[f"blocks.{i}.{mine}.{kind}"] = w[key]
     with torch.device("meta"):
         model = Model(config)
-    # strict
-    model.load_state_dict({k: v.detach().float().clone() for k, v in ours.items()}, assign=True)
+    ours = {k: v.detach().float().clone() for k, v in ours.items()}
+    model.load_state_dict(ours, assign=True)            # strict: a weight that is missing raises
     model.rope = rope_frequencies(config)
     return model
 
@@ -376,8 +361,7 @@ def load(folder, gguf_file=None):
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     extra = {} if gguf_file is None else {"gguf_file": gguf_file}
-    # says no before the weights are read
-    config_from_hf(AutoConfig.from_pretrained(folder, **extra))
+    config_from_hf(AutoConfig.from_pretrained(folder, **extra))     # no before weights are read
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False,
                                               **extra)
     return from_hf(hf).eval()
@@ -404,13 +388,12 @@ def save_peft(model, name, folder, base, revision=None):
     (folder / "adapter_config.json").write_text(json.dumps({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
         "revision": revision, "r": rank, "lora_alpha": layer.scale * rank, "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": parts, "inference_mode": True}, indent=1))
+        "bias": "none", "target_modules": parts, "inference_mode": True}, indent=1))
 
 
 def describe(model):
     """'135M parameters, width 576, 30 layers, 9/3 heads' for the log."""
-    c, n = model.config, sum(p.numel() for name, p in model.named_parameters()
-                             if "lora_" not in name)
+    c = model.config
+    n = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
     heads = f"{c.n_heads}/{c.n_kv_heads} heads"
     return f"{n / 1e6:.1f}M parameters, width {c.dim}, {c.n_layers} layers, {heads}"

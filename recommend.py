@@ -24,7 +24,8 @@ import torch
 import data
 import metrics
 import selfplay
-from train import check, exit_code, parse, trained
+from config import check, exit_code, parse
+from train import trained
 
 POLICIES = {"pretrained": "pretrained", "sft": "sft", "ufo": "player"}
 
@@ -75,7 +76,7 @@ def recommend(run, history, k):
     seen[0, history] = True
     for name, policy in POLICIES.items():
         search = selfplay.Search(run.policies(policy).eval(), run.catalog.trie, prompt)
-        items, logq, _ = search.top_k(k, seen, run.width(1))
+        items, logq, _ = search.top_k(k, seen, run.search_width(1))
         kept = items[0] >= 0
         lists[name] = items[0][kept].tolist(), logq[0][kept].exp().tolist()
     return lists

@@ -6,15 +6,24 @@
 A run's stages are rows (`train.Run.record`): what was measured of one policy on one split.
 """
 
+import dataclasses
+import importlib.util
+import io
 import json
+import os
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import data
 import judger
+import machine
 import metrics
+from config import PLACES, exit_code
+from model import save_peft
 
 
 def origin_report(run, pre, sft, end):
@@ -87,6 +96,64 @@ def choose(rows, k):
     return min(good, key=lambda r: r[f"MGU@{k}"])["stage"]
 
 
+def kept(chosen, rounds):
+    """The stage that model.pt holds: the one that validation chose, the last round if that is SFT.
+    """
+    return chosen if chosen != "sft" or not rounds else f"ufo-{rounds}"
+
+
+def finish(run, end):
+    """The reports, results.json, model.pt and, with matplotlib, exposure.png; the checkpoints go.
+    end: the stage that is kept.
+    """
+    cfg, k = run.cfg, f"MGU@{run.cfg.topk}"
+    rows = [row for row in run.state["measured"].values() if row["split"] == "test"]
+    stages = {row["stage"]: row for row in rows}
+    yardsticks, chosen = run.yardsticks(), run.chosen()
+    origins = origin_report(run, stages["pretrained"], stages["sft"], stages[end])
+    example_lists(run, stages["sft"], stages[end])
+    results_table(rows, yardsticks, cfg.topk)
+    strip = lambda row: {key: v for key, v in row.items() if key not in ("lists", "minutes")}
+    plain = [strip(row) for row in rows]
+    for row, full in zip(plain, rows):
+        if "less_sft" in row and "sft+rerank" in stages:
+            row["less_rerank"] = run.difference(full, stages["sft+rerank"])
+    results = {
+        "config": {key: v for key, v in dataclasses.asdict(cfg).items() if key not in PLACES},
+        "versions": machine.versions(run), "origins": origins, "yardsticks": yardsticks,
+        "rows": plain, "chosen": chosen, "rounds": run.state["rounds"],
+        "skipped_steps": run.state["skipped"],
+        "validation": [strip(r) for r in run.state["measured"].values() if r["split"] == "val"]}
+    model = io.BytesIO()                # torch's own writing to a full disk is no OSError
+    torch.save({"config": dataclasses.asdict(cfg)} | run.weights(), model)
+    try:
+        if cfg.init_from != "scratch":
+            # a stand-in is not what init_from names: say which
+            base = run.source if "==" in run.source else cfg.init_from
+            save_peft(run.policies.tuned, "player", run.out / "adapter", base,
+                      run.source.partition("@")[2] or None)
+        for name, raw in (("model.pt", model.getbuffer()),
+                          ("results.json", json.dumps(results, indent=1).encode())):
+            (run.out / f"{name}.new").write_bytes(raw)
+            os.replace(run.out / f"{name}.new", run.out / name)
+    except OSError as e:
+        for path in run.out.glob("*.new"):
+            path.unlink()
+        run.save()
+        raise data.InputError(f"{run.out}: {e.strerror}; make room there and --resume") from None
+    if importlib.util.find_spec("matplotlib"):
+        draw_exposure(results, run.out / "exposure.png")
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] if run.compile else 0
+    memory = machine.peak_memory(run.device)
+    run.log(event="done", compiled_graphs=graphs, peak_memory_gib=memory)
+    for path in run.out.glob("checkpoint*.pt"):
+        path.unlink()
+    print(f"by validation, {chosen} is the one to choose; model.pt holds SFT and {end}")
+    print(f"{k}: {stages[end][k] / stages['sft'][k] - 1:+.0%} against SFT; {run.minutes():.1f} "
+          f"minutes in all, at most {memory:.1f} GiB, {graphs} compiled graphs, "
+          f"{run.state['skipped']} steps left out for overflow; results in {run.out}/results.json")
+
+
 # ---------------------------------------------------------------------- a grid of runs
 
 def cells(found):
@@ -125,37 +192,41 @@ def row_of(results, stage=None):
 def table(found):
     """Markdown of a grid. Mean and standard deviation over seeds on the test item; and the
     difference to the same run's SFT, paired by user: its mean over seeds, with the mean of the
-    seeds' 95 % bootstrap intervals over users.
+    seeds' 95 % bootstrap intervals over users. A cell's row is of the rounds that validation chose,
+    "SFT in n" says for how many seeds that is SFT itself; the last round's row chooses nothing.
     """
     grid = cells(found)
     k = next(iter(found.values()))["config"]["topk"]
     names = [f"{m}@{k}" for m in ("HR", "NDCG", "MGU", "DGU")]
-    short = lambda x, form=".4f": format(x, form).replace("0.", ".", 1)
+    short = lambda x, form=".4f": re.sub(r"^([+-]?)0\.", r"\1.", format(x, form))
     mean = lambda rows, m: short(np.mean([r[m] for r in rows])) + (
         " ± " + short(np.std([r[m] for r in rows], ddof=1)) if len(rows) > 1 else "")
     less = lambda rows, m: "{} [{}, {}]".format(
         *(short(x, "+.4f") for x in np.mean([r["less_sft"][m] for r in rows], axis=0)))
     head = [*names, "coverage", "log_loss", *(f"{m} less SFT" for m in names[:3])]
     lines = [f"| method | seeds | {' | '.join(head)} |", "|---" * (2 + len(head)) + "|"]
-    lists, sft = {}, {}
+    sft = {}
     for x in found.values():
         group = x["config"]["group_by"]
         sft.setdefault("sft" if group == "genre" else f"sft+group_by={group}", {})[
             x["config"]["seed"]] = row_of(x, "sft")
     lists = {name: list(rows.values()) for name, rows in sft.items()}
+    stayed = {}
     for cell, runs in grid.items():
-        lists[cell] = [row_of(x) for x in runs]
-        if runs[0]["config"]["method"] == "ufo":
-            lists[f"{cell}, last round"] = [row_of(x, f"ufo-{x['config']['rounds']}") for x in runs]
-            if runs[0]["config"]["rerank"]:
+        lists[cell], game = [row_of(x) for x in runs], runs[0]["config"]
+        if game["rounds"]:
+            stayed[cell] = sum(x["chosen"] == "sft" for x in runs)
+            lists[f"{cell}, last round"] = [row_of(x, f"ufo-{game['rounds']}") for x in runs]
+            if game["rerank"]:
                 lists[f"{cell}, then rerank"] = [reranked(x) for x in runs]
-                group = runs[0]["config"]["group_by"]
+                group = game["group_by"]
                 lists.setdefault("rerank" if group == "genre" else f"rerank+group_by={group}",
                                  [row_of(x, "sft+rerank") for x in runs])
     for cell, rows in lists.items():
         text = [mean(rows, m) for m in (*names, "coverage", "log_loss")]
         text += [less(rows, m) if cell not in sft else "" for m in names[:3]]
-        lines.append(f"| {cell} | {len(rows)} | " + " | ".join(text) + " |")
+        seeds = f"{len(rows)}, SFT in {n}" if (n := stayed.get(cell)) else len(rows)
+        lines.append(f"| {cell} | {seeds} | " + " | ".join(text) + " |")
     return "\n".join(lines)
 
 
@@ -200,7 +271,7 @@ def draw_exposure(results, path):
     ax.plot(x["E_star"], y, "|", color=INK["history"], ms=13, mew=2.2, label="users' histories")
     ax.plot(x["E_pre"], y, "o", mfc="none", color=INK["pretrained"], ms=6, label="pretrained")
     ax.plot(x["E_sft"], y, "o", color=INK["sft"], ms=6, label="fine-tuned (SFT)")
-    end = results["chosen"] if results["chosen"] != "sft" else results["rows"][-1]["stage"]
+    end = kept(results["chosen"], results["config"]["rounds"])
     ax.plot(x["E_ufo"], y, "D", color=INK["ufo"], ms=5.5, label=f"after self-play ({end})")
     ax.set_yticks(y, [o["groups"][g] for g in order])
     ax.set_xlabel("share of all places, per cent")
@@ -215,8 +286,8 @@ def draw_exposure(results, path):
 
 
 def draw_tradeoff(found, path):
-    """MGU against HR, means over seeds with their standard errors: the rounds of ufo as a line,
-    every other complete cell, and the group bias, as a point.
+    """MGU against HR, means over seeds with their standard errors: the rounds of ufo as a line, the
+    last round of every other complete cell, and the group bias, as a point.
     """
     grid, seeds = complete(found)
     k = next(iter(found.values()))["config"]["topk"]
@@ -240,7 +311,9 @@ def draw_tradeoff(found, path):
             for s in stages[1:]:
                 put([row_of(x, s) for x in runs], s, INK["ufo"], "D")
         else:
-            put([row_of(x) for x in runs], cell, INK["pretrained"], "s")
+            last = runs[0]["config"]["rounds"]
+            put([row_of(x, f"ufo-{last}" if last else None) for x in runs], cell,
+                INK["pretrained"], "s")
         if runs[0]["config"]["rerank"] and runs[0]["config"]["rounds"]:
             put([row_of(x, "sft+rerank") for x in runs], "rerank", INK["history"], "s", (6, -12))
             put([reranked(x) for x in runs], f"{cell}, then rerank", INK["history"], "s")
@@ -287,5 +360,4 @@ def main(path):
 
 
 if __name__ == "__main__":
-    from train import exit_code
     sys.exit(exit_code(lambda: main(sys.argv[1] if len(sys.argv) == 2 else "")))

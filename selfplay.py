@@ -1,8 +1,6 @@
-"""Equation (1): the language model as a distribution q over the catalog, and a round of play with
-it.
+"""Equation (1): the language model as a distribution q over the catalog; a round of play with it.
 
-    q(y | x) = prod_j  exp(logit_j[y_j]) / sum_{a in children(node_j)} exp(logit_j[a])
-    (1)
+    q(y | x) = prod_j  exp(logit_j[y_j]) / sum_{a in children(node_j)} exp(logit_j[a])         (1)
 
 Two ways to compute the same q. `log_q` is one differentiable pass, for training: in each row the
 prompt, then every trie node that the row's items need. `Search` is for inference: it runs the
@@ -91,30 +89,31 @@ def log_q(model, trie, prompt, items, over="trie"):
     (tokens, length), mode, N = prompt, trie.modes[over], trie.n_nodes
     (B, P), A, device = tokens.shape, length.shape[1], tokens.device
     branch = N * torch.arange(A, device=device)[:, None, None]
-    u, child = mode.step_node[items], mode.step_child[items]                       # (B,A,M,J)
-    chain = mode.chain[u.clamp(min=0)]                                             # (B,A,M,J,L)
-    # (B,Q)
-    key = unique_rows(torch.where((chain >= 0) & (u >= 0)[..., None], branch[..., None] + chain,
-                                  -1).flatten(1))
+    # the nodes that each row must hold
+    at_node, child = mode.step_node[items], mode.step_child[items]                 # (B,A,M,J)
+    chain = mode.chain[at_node.clamp(min=0)]                                       # (B,A,M,J,L)
+    key = torch.where((chain >= 0) & (at_node >= 0)[..., None], branch[..., None] + chain, -1)
+    key = unique_rows(key.flatten(1))                                              # (B,Q)
+    # one pass over documents and nodes
     new, at, mask = hang(trie, length, key, key, P)
     place = torch.arange(P, device=device)
     causal = (place[None, :] <= place[:, None]).expand(B, P, P)
     mask = torch.cat([torch.cat([causal, causal.new_zeros(B, P, key.shape[1])], 2), mask], 1)
     hidden = model(torch.cat([tokens, new], 1), torch.cat([place.expand(B, P), at], 1), mask)
-    # the decisions: each branch's root, seen from the last token before it, and those among the
-    # nodes
+    # the decisions: each branch's root, seen from the last token before it, and those among nodes
     roots = hidden.gather(1, (length - 1)[:, :, None].expand(-1, -1, hidden.shape[-1]))
     hidden = torch.cat([roots, hidden[:, P:]], 1)                                  # (B,A+Q,D)
     node = torch.cat([key.new_zeros(B, A), torch.where(key >= 0, key % N, -1)], 1)
     chosen = (node >= 0) & mode.decision[node]
     _, step = decide(model, trie, hidden[chosen], node[chosen], over)              # (R,C)
-    # (b, place in the row) -> row of step
-    index = chosen.flatten().cumsum(0).view(B, -1) - 1
+    # every item's own steps among them; where it has none, junk that is masked at the end
+    index = chosen.flatten().cumsum(0).view(B, -1) - 1      # (b, place in the row) -> row of step
     found = torch.searchsorted(key.where(key >= 0, 2 ** 62),
-                               (branch + u).clamp(min=0).flatten(1)).view(u.shape)
-    where = torch.where(u == 0, branch // N, A + found).clamp(max=index.shape[1] - 1)
-    r = index.gather(1, where.flatten(1)).view(u.shape)
-    return step[r, (child - trie.first[u]).clamp(min=0)].masked_fill(u < 0, 0.0).sum(-1)
+                               (branch + at_node).clamp(min=0).flatten(1)).view(at_node.shape)
+    where = torch.where(at_node == 0, branch // N, A + found).clamp(max=index.shape[1] - 1)
+    row = index.gather(1, where.flatten(1)).view(at_node.shape)
+    taken = step[row, (child - trie.first[at_node]).clamp(min=0)]                  # (B,A,M,J)
+    return taken.masked_fill(at_node < 0, 0.0).sum(-1)
 
 
 class Search:
@@ -160,6 +159,7 @@ class Search:
         decision above them was expanded before, or is among them (levels > 1).
         """
         chain = self.mode.chain[nodes.clamp(min=0)]                                # (b,Q,L)
+        # rows stand document by document, so the first ones have the right branches
         key = torch.where((chain >= 0) & (nodes >= 0)[:, :, None],
                           chain + self.branch[:len(nodes), None, None], -1)
         key = unique_rows(key.view(len(self.docs), -1))                            # (d,W)
@@ -187,7 +187,11 @@ class Search:
             kv.keep(which)
 
     def score(self, items):
-        """log q of items (B,M) -> (B,M), in one pass over what they need and nothing has run."""
+        """log q of items (B,M) -> (B,M), in one pass over what they need and nothing has run.
+        ValueError after `top_k`, which has forgotten rows that this needs.
+        """
+        if len(self.rows) != len(items):
+            raise ValueError("score after top_k: give the scores their own Search")
         self.expand_all(self.mode.step_node[items].flatten(1))
         return self.logp.gather(1, self.trie.leaf[items])
 
@@ -210,8 +214,7 @@ class Search:
             b, s = active.nonzero(as_tuple=True)
             children = self.trie.children(node[b, s])                              # (R,C)
             end = torch.where(children >= 0, self.mode.end[children], self.trie.n_nodes)
-            # the constant log-prob of node cancels
-            z = self.logp[b[:, None], end] / tau
+            z = self.logp[b[:, None], end] / tau        # log-prob of node itself cancels
             pick = torch.multinomial(z.softmax(-1), 1, generator=generator)
             node[b, s] = end.gather(1, pick)[:, 0]
 
@@ -223,7 +226,8 @@ class Search:
         first, up to `width` at a time (half as many again each time, for a model that knows
         little), only while it still beats the k-th best finished title. width = 0 runs the whole
         catalog in one pass instead: more tokens, no waiting for one pass to say what the next one
-        needs. Where fewer than k items are left, the rest is -1 with -inf.
+        needs. Where fewer than k items are left, the rest is -1 with -inf. The last thing to ask of
+        a Search: finished documents leave its cache.
         """
         decisions = self.mode.decision.nonzero()[:, 0]
         if not width:
@@ -239,8 +243,7 @@ class Search:
             busy = want.view(len(self.docs), -1).any(1)
             if not busy.any():
                 break
-            # the others are finished: forget their cache
-            if busy.float().mean() < 0.75:
+            if busy.float().mean() < 0.75:          # forget those that are finished, now and then
                 self.keep(busy)
                 branches = busy.repeat_interleave(self.length.shape[1])
                 want, which = want[branches], which[branches]
@@ -280,6 +283,7 @@ def play(policies, catalog, windows, places, n, tau, batch_size, alpha=1.0, prog
             made_up = search.sample(n, tau, generator)
         elif negatives == "top":
             nothing_seen = true.new_zeros(len(true), len(trie.leaf), dtype=torch.bool)
+            # in a Search of its own: top_k forgets rows that the scores below need
             made_up = Search(search.model, trie, prompt).top_k(n, nothing_seen)[0]
         else:
             made_up = torch.randint(len(trie.leaf), (len(true), n), generator=generator,

@@ -21,6 +21,9 @@ import metrics
 import report
 import selfplay
 import train
+from catalog import (Catalog, Trie, draw_places, model_tokenizer, tiktoken_from, training_batches,
+                     word_tokenizer)
+from config import METHODS, parse
 from model import Model, ModelConfig, from_hf
 
 torch.set_num_threads(2)
@@ -44,8 +47,8 @@ def toy():
     """A toy world with its catalog and a random model: ds, catalog, model."""
     ds = data.load_dataset("toy", max_users=40)
     lines = [t + "\n" for t in ds.titles]
-    tok = data.word_tokenizer(lines + [ds.header]).compact(lines + [ds.header])
-    return ds, data.Catalog(ds.titles, ds.header, tok, history=12), random_model(tok.vocab_size)
+    tok = word_tokenizer(lines + [ds.header]).compact(lines + [ds.header])
+    return ds, Catalog(ds.titles, ds.header, tok, history=12), random_model(tok.vocab_size)
 
 
 def log_q_one_by_one(model, catalog, history_tokens, item, over="trie"):
@@ -235,7 +238,7 @@ def pre_tokenizer_kinds():
 @pytest.mark.parametrize("kind", ["gpt2", "smollm2", "llama3"])
 def test_tiktoken_equals_the_original(kind):
     hf = bpe_tokenizer(pre_tokenizer_kinds()[kind])
-    enc, ids = data.tiktoken_from(hf)
+    enc, ids = tiktoken_from(hf)
     texts = ["The Ice Storm\n", "Toy Story 2 (1999)\n", "Léon!\n", "2001: A Space Odyssey\n",
              "  two  spaces 12  345 \n", "it's We'LL 'til\n", "Amélie…日本\n"]
     for t in texts:
@@ -248,7 +251,7 @@ def test_another_kind_of_tokenizer_uses_its_own(tmp_path, capsys):
     t = Tokenizer(models.WordLevel({"Heat": 0, "?": 1}, unk_token="?"))
     t.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=t).save_pretrained(tmp_path)
-    tok = data.model_tokenizer(tmp_path, None, ["Heat\n"])
+    tok = model_tokenizer(tmp_path, None, ["Heat\n"])
     assert tok.encode("Heat Heat") == [0, 0] and "own tokenizer" in capsys.readouterr().out
 
 
@@ -256,7 +259,7 @@ def test_another_kind_of_tokenizer_uses_its_own(tmp_path, capsys):
 
 def test_trie_by_hand():
     seqs = [[5, 6, 9], [5, 7, 9], [8, 9], [5, 6, 6, 9]]
-    trie = data.Trie(seqs)
+    trie = Trie(seqs)
     assert trie.n_nodes == 1 + 2 + 3 + 3 + 1 and trie.vocab.tolist() == [5, 6, 7, 8, 9]
     parent = {int(c): v for v in range(trie.n_nodes)
               for c in trie.children(torch.tensor([v]))[0] if c >= 0} | {0: -1}
@@ -281,17 +284,17 @@ def test_trie_by_hand():
 
 def test_trie_refuses_what_it_cannot_tell_apart():
     with pytest.raises(data.InputError, match="same tokens"):
-        data.Trie([[1, 2], [1, 2]])
+        Trie([[1, 2], [1, 2]])
     with pytest.raises(data.InputError, match="beginning"):
-        data.Trie([[1, 2], [1, 2, 3]])
+        Trie([[1, 2], [1, 2, 3]])
 
 
 def test_title_that_begins_another():
     """'Heat' and 'Heat Wave': the newline at the end tells them apart, and q still sums to one."""
     titles, header = ["Heat", "Heat Wave", "Up"], "Seen:\n"
     texts = [t + "\n" for t in titles] + [header]
-    tok = data.word_tokenizer(texts).compact(texts)
-    catalog, model = data.Catalog(titles, header, tok, 5), random_model(tok.vocab_size)
+    tok = word_tokenizer(texts).compact(texts)
+    catalog, model = Catalog(titles, header, tok, 5), random_model(tok.vocab_size)
     search = selfplay.Search(model, catalog.trie, catalog.prompts([[2]]))
     q = search.score(torch.arange(3)[None]).exp()
     assert torch.allclose(q.sum(), torch.tensor(1.0), atol=1e-5) and (q > 0).all()
@@ -318,7 +321,7 @@ def test_branches_equal_one_by_one(toy, over):
     ds, catalog, model = toy
     rng = np.random.default_rng(0)
     windows = [ds.train(u)[:9] for u in range(2)]
-    places = data.draw_places(windows, 2, rng)
+    places = draw_places(windows, 2, rng)
     items = torch.randint(len(ds.titles), (2, 2, 5))
     items[..., 1] = items[..., 0]                                      # the same item twice
     packed = selfplay.log_q(model, catalog.trie, catalog.branches(windows, places, multiple=16),
@@ -355,8 +358,8 @@ def test_sft_targets_equal_one_by_one(toy):
 def test_sampling_frequencies(tau):
     titles, header = ["Red Sun", "Red Moon", "Blue Sun", "Green", "Red Sun Down"], "Seen:\n"
     texts = [t + "\n" for t in titles] + [header]
-    tok = data.word_tokenizer(texts).compact(texts)
-    catalog, model = data.Catalog(titles, header, tok, 5), random_model(tok.vocab_size, seed=3)
+    tok = word_tokenizer(texts).compact(texts)
+    catalog, model = Catalog(titles, header, tok, 5), random_model(tok.vocab_size, seed=3)
     trie, prompt = catalog.trie, catalog.prompts([[3, 0]])
     n = 20000
     got = torch.bincount(selfplay.Search(model, trie, prompt).sample(n, tau,
@@ -408,7 +411,7 @@ def test_top_k_equals_brute_force(toy, over):
 def test_play_scores_what_it_samples(toy):
     ds, catalog, model = toy
     windows = [ds.train(u)[:8] for u in range(5)]
-    places = data.draw_places(windows, 3, np.random.default_rng(0))
+    places = draw_places(windows, 3, np.random.default_rng(0))
     other = random_model(model.config.vocab_size, seed=9)
     policies = lambda name: {"player": model, "sft": other}[name]
     items, logq_t, logq_sft = selfplay.play(policies, catalog, windows, places, 4, 1.25, 2,
@@ -855,7 +858,7 @@ def test_more_bad_data(tmp_path):
                                                        for k in range(9)))
     assert "Book 3" in data.load_dataset(str(odd)).titles
     with pytest.raises(data.InputError, match="line break"):
-        data.Catalog(["Sea\nSun"], "H:\n", None, 5)
+        Catalog(["Sea\nSun"], "H:\n", None, 5)
     ds = data.load_dataset(str(own_folder(tmp_path / "own")))
     ds.titles = ds.titles[:4]
     with pytest.raises(data.InputError, match="at least 5 titles"):
@@ -911,7 +914,7 @@ def test_popularity_groups_and_windows(toy):
     assert len(val_history[0]) == len(h.train(0))
     rng, seen = np.random.default_rng(0), np.zeros(len(ds.titles), int)
     train_part = [ds.train(u) for u in range(len(ds.users))]
-    gen = data.training_batches(train_part, 5, 1, catalog.lengths, rng)
+    gen = training_batches(train_part, 5, 1, catalog.lengths, rng)
     targets = sum(len(ds.train(u)) - 1 for u in range(len(ds.users)))
     # one epoch: every title but the first, once
     while targets > 0:
@@ -923,7 +926,7 @@ def test_popularity_groups_and_windows(toy):
     assert targets == 0 and (seen == want).all()
     # batches of like length: hardly any padding, where drawing at random would have much
     size = lambda w: catalog.lengths[w].sum()
-    gen = data.training_batches(train_part, 30, 8, catalog.lengths, rng)
+    gen = training_batches(train_part, 30, 8, catalog.lengths, rng)
     batches = [[size(w) for w in next(gen)] for _ in range(12)]
     padding = lambda batches: sum(8 * max(b) for b in batches) / np.sum(batches) - 1
     assert padding(batches) < 0.5 * padding(rng.permutation(np.ravel(batches)).reshape(12, 8))
@@ -1162,6 +1165,9 @@ def test_resume_keeps_its_places_and_its_data(tmp_path):
     assert train.configure(["--resume", f"--out_dir={out}", "--save_every=8"]).save_every == 8
     run.source = "another base"
     run.save()
+    with pytest.raises(data.InputError, match="another run is at work there"):
+        train.Run(cfg)
+    run.log_file.close()
     with pytest.raises(data.InputError, match="was begun on .'another base', 250"):
         train.Run(cfg)
 
@@ -1186,7 +1192,7 @@ def test_full_disk_loses_neither_run_nor_checkpoint(tmp_path, monkeypatch, capsy
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     run = train.Run(train.configure([*SMALL, f"--out_dir={tmp_path}"]))
-    with pytest.raises(SystemExit, match="pretrain, step and batch 0"):
+    with pytest.raises(SystemExit, match="pretrain, step 0"):
         run.step(sum(p.sum() for p in run.params) * float("nan"))
 
 
@@ -1241,11 +1247,11 @@ def test_benchmark_agrees_with_transformers_and_writes_json(tmp_path):
     small = ["--dim=48", "--n_layers=2", "--n_heads=6", "--n_kv_heads=2", "--ffn_dim=96",
              "--vocab_size=6000", "--n_titles=300", "--history=6", "--repeats=1", "--users=3",
              "--device=cpu", "--dtype=float32", f"--out={tmp_path / 'bench.json'}"]
-    bench.main(bench.Bench(**train.parse(small, bench.Bench)))
+    bench.main(bench.Bench(**parse(small, bench.Bench)))
     got = json.loads((tmp_path / "bench.json").read_text())
     assert all(got[k]["ours_s"] > 0 and got[k]["peer_s"] > 0 and got[k]["ratio"] > 0
                for k in ("corrector", "corrector_S16", "sft", "topk")) and got["hardware"]
-    world = bench.World(bench.Bench(**train.parse(small, bench.Bench)), torch.device("cpu"),
+    world = bench.World(bench.Bench(**parse(small, bench.Bench)), torch.device("cpu"),
                         torch.float32)
     broken = lambda: bench.our_sft(world.model, world, windows) * 1.01
     world.model.use("player")
@@ -1295,7 +1301,7 @@ def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
     tok.backend_tokenizer.normalizer = normalizers.Lowercase()
     tok.save_pretrained(tmp_path)
     with pytest.raises(data.InputError, match="does not give 'Heat.*' back"):
-        data.model_tokenizer(str(tmp_path), None, ["sun\n", "Heat\n"])
+        model_tokenizer(str(tmp_path), None, ["sun\n", "Heat\n"])
 
 
 def test_a_gguf_of_another_architecture_is_refused(tmp_path):
@@ -1320,7 +1326,7 @@ def test_out_of_memory_and_disk_errors_are_one_line(monkeypatch, capsys):
         assert want in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("method", sorted(set(train.METHODS) - {"ufo"}))
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"ufo"}))
 def test_every_method_runs(tmp_path, method):
     cfg = train.configure(["--method=" + method, *SMALL[:-3], "--rounds=1", "--max_users=30",
                            "--num_negatives=3", "--branches=2", f"--out_dir={tmp_path}"]
