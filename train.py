@@ -425,7 +425,12 @@ class Run(machine.Resumable):
             policies.tuned.load_state_dict(self.state["best"])
         else:
             policies.tuned.load_adapter("sft", self.state["best"])
-        self.state["best"] = None
+        self.state["best"], measured = None, self.state["measured"]
+        # the best look was at these weights: SFT need not be measured on validation again
+        it, _ = max(self.state["looks"], key=lambda look: look[1])
+        row = measured[key_of(f"sft {it}", "val")]
+        measured[key_of("sft", "val")] = row | {"stage": "sft",
+                                                "less_sft": self.difference(row, row)}
         print(f"[{self.minutes():5.1f} min] SFT: {speed.report()}")
 
     def judge(self, t, E_pre):
