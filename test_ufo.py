@@ -401,6 +401,9 @@ def test_top_k_equals_brute_force(toy, over):
         assert torch.equal(items, want.indices) and torch.allclose(value, want.values, atol=1e-4)
         assert not seen.gather(1, items).any()
         assert (run < everything).all() if width else (run == everything).all()
+    search.keep(torch.arange(8) < 5)                    # as top_k does with those that are finished
+    with pytest.raises(ValueError, match="their own Search"):
+        search.score(items)
     few = torch.ones_like(seen)
     few[:, :4] = False                                                 # only four items are left
     items, value, _ = selfplay.Search(model, catalog.trie, prompt, over).top_k(10, few)
@@ -1033,6 +1036,14 @@ def test_toy_end_to_end_and_bitwise_again(tmp_path, capsys):
         assert first["loss"] == pytest.approx(math.log(5), abs=1e-4)   # f = 0, dropout or not
     assert results[0] == results[1]
     assert not list(tmp_path.glob("*/checkpoint*"))
+    # SFT's validation row is that of its best look, and is what measuring it again gives
+    looks = {row["stage"]: row for row in results[0]["validation"]}
+    best = max(("sft 10", "sft 20"), key=lambda stage: looks[stage]["NDCG@10"])
+    assert looks["sft"]["E"] == looks[best]["E"] and looks["sft"]["less_sft"]["MGU@10"] == [0, 0, 0]
+    run = train.trained(tmp_path / "a")
+    run.open(tmp_path / "again")
+    again = run.measure("sft", "val")
+    assert all(again[k] == looks["sft"][k] for k in ("E", "log_loss", "HR@10", "ci", "less_sft"))
     # and what it learned can be asked
     import recommend
     titles = data.load_dataset("toy", max_users=60).titles
@@ -1423,6 +1434,24 @@ def test_figures_are_drawn(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["toy-judger.png", "toy-tradeoff.png"]
     with pytest.raises(data.InputError, match="name a run's folder"):
         report.main(tmp_path / "no.json")
+
+
+def test_a_table_says_where_sft_was_kept_and_prints_whole_numbers():
+    row = lambda stage, x: {"stage": stage, "coverage": x, "log_loss": 10 * x,
+                            **{f"{m}@10": x for m in ("HR", "NDCG", "MGU", "DGU")},
+                            "less_sft": {f"{m}@10": [x - 1, -1.5, 10.5] for m in ("HR", "NDCG",
+                                                                                 "MGU")}}
+    config = {"topk": 10, "method": "spin", "rounds": 1, "rerank": False, "group_by": "genre"}
+    found = {f"spin-{s}": {"config": config | {"seed": s}, "chosen": chosen,
+                           "rows": [row("sft", 1.0), row("ufo-1", 1.25)]}
+             for s, chosen in enumerate(("sft", "ufo-1"))}
+    cells = [[c.strip() for c in x.split("|")] for x in report.table(found).splitlines()]
+    assert [x[1] for x in cells[2:]] == ["sft", "spin", "spin, last round"]
+    assert [x[2] for x in cells[2:]] == ["2", "2, SFT in 1", "2"]
+    assert cells[2][8] == "10.0000 ± .0000" and cells[4][3] == "1.2500 ± .0000"
+    assert cells[4][9] == "+.2500 [-1.5000, +10.5000]"
+    assert report.kept("sft", 3) == "ufo-3" and report.kept("sft", 0) == "sft"
+    assert report.kept("ufo-1", 3) == "ufo-1"
 
 
 def test_the_round_is_chosen_by_validation():
