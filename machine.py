@@ -160,7 +160,8 @@ class Resumable:
                 raise data.InputError(f"{out} holds an unfinished run: --resume goes on with it; "
                                       f"or delete its checkpoint*.pt, or use another --out_dir")
             if not checkpoint:
-                self.log_file.truncate(0)
+                self.log_file.seek(0)           # or its place would stay behind the end
+                self.log_file.truncate()
                 (out / "sft.pt").unlink(missing_ok=True)    # another run's
         except OSError as e:
             raise data.InputError(f"--out_dir={out}: {e.strerror}; choose another") from None

@@ -1168,9 +1168,12 @@ def test_resume_refuses_other_options_and_survives_damage(tmp_path, capsys):
 
 def test_resume_keeps_its_places_and_its_data(tmp_path):
     out = tmp_path / "out"
+    out.mkdir()
+    (out / "log.jsonl").write_text("a finished run's\n" * 99)           # of no run that goes on
     run = train.Run(train.configure([*SMALL, f"--out_dir={out}", "--data_dir=elsewhere",
                                      "--save_every=7"]))
     run.save()
+    assert machine.read_checkpoint(out)["log_size"] == 0
     cfg = train.configure(["--resume", f"--out_dir={out}"])
     assert cfg.data_dir == "elsewhere" and cfg.save_every == 7
     assert train.configure(["--resume", f"--out_dir={out}", "--save_every=8"]).save_every == 8

@@ -263,7 +263,7 @@ class Run(machine.Resumable):
         user, history, target = spaced(self.cases[split], most)
         model = self.policies(policy).eval()
         # like lengths together, the longest first
-        size = [self.catalog.lengths[h[-cfg.history:]].sum() for h in history]
+        size = [self.catalog.lengths[h].sum() for h in self.shown(history)]
         order = np.argsort(size, kind="stable")[::-1]
         lists, log_loss, run = np.empty((len(user), cfg.topk), int), np.empty(len(user)), 0
         for i in tqdm(range(0, len(order), cfg.eval_batch), f"{stage} {split}", leave=False,
