@@ -2,6 +2,7 @@
 
     python bench.py                     SmolLM2-135M's shape; under five minutes on two cores
     python bench.py --sweep=True        how the cost grows with catalog, history and S instead
+    python bench.py --memory=True       what training takes of a card's memory, for larger bases too
     python bench.py --out=bench.json    the figures as JSON too
 
 Nothing is downloaded: the weights are random, the catalog is synthetic, with the statistics of
@@ -51,6 +52,7 @@ class Bench:
     repeats: int = 3            # of every side
     seed: int = 0
     sweep: bool = False         # our side alone, over sizes of catalog, history and S
+    memory: bool = False        # what a step of 16 windows keeps, computed, for all of BASES
     out: str = ""               # a JSON file to write
     # SmolLM2-135M
     vocab_size: int = 49152
@@ -60,6 +62,18 @@ class Bench:
     n_kv_heads: int = 3
     ffn_dim: int = 1536
     lora_rank: int = 16
+
+
+# --memory: layers, width, heads, key/value heads, head width, inner width, vocabulary, tied
+BASES = {
+    "HuggingFaceTB/SmolLM2-135M": (30, 576, 9, 3, 64, 1536, 49152, True),
+    "HuggingFaceTB/SmolLM2-360M": (32, 960, 15, 5, 64, 2560, 49152, True),
+    "Qwen/Qwen2.5-0.5B": (24, 896, 14, 2, 64, 4864, 151936, True),
+    "meta-llama/Llama-3.2-1B": (16, 2048, 32, 8, 64, 8192, 128256, True),
+    "Qwen/Qwen2.5-1.5B": (28, 1536, 12, 2, 128, 8960, 151936, True),
+    "HuggingFaceTB/SmolLM2-1.7B": (24, 2048, 32, 32, 64, 8192, 49152, True),
+    "meta-llama/Llama-2-7b-hf": (32, 4096, 32, 32, 128, 11008, 32000, False),
+}
 
 
 # ---------------------------------------------------------------------- a world without downloads
@@ -90,7 +104,7 @@ def titles(n, rng, vocab_size):
 class World:
     """Catalog, histories, and a model with the adapters "sft" and "player", not yet equal."""
 
-    def __init__(self, cfg, device, dtype):
+    def __init__(self, cfg, device, dtype, shape=None):
         rng = np.random.default_rng(cfg.seed)
         torch.manual_seed(cfg.seed)
         tokenizer = Tokenizer(lambda text: [1 if t == "\n" else int(t) for t in
@@ -99,8 +113,9 @@ class World:
         self.catalog = Catalog(titles(cfg.n_titles, rng, cfg.vocab_size), "0 0 0 0\n", tokenizer,
                                cfg.history)
         self.catalog.trie.to(device)
-        self.model = Model(ModelConfig(cfg.vocab_size, cfg.dim, cfg.n_layers, cfg.n_heads,
-                                       cfg.n_kv_heads, cfg.dim // cfg.n_heads, cfg.ffn_dim))
+        self.model = Model(shape or ModelConfig(cfg.vocab_size, cfg.dim, cfg.n_layers, cfg.n_heads,
+                                                cfg.n_kv_heads, cfg.dim // cfg.n_heads,
+                                                cfg.ffn_dim))
         self.model.compute_dtype = dtype
         self.model.to(device).freeze()
         for name in ("sft", "player"):
@@ -128,7 +143,7 @@ class World:
         params = self.model.adapter_parameters("player")
         optimizer = torch.optim.AdamW(params, lr=1e-3)
         for _ in range(steps):
-            our_sft(self.model, self, self.histories(2, size))
+            our_sft(self.model, self, self.histories(2, size)).backward()
             torch.nn.utils.clip_grad_norm_(params, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -225,9 +240,7 @@ def peer_sft(hf, world, windows):
 def our_sft(model, world, windows):
     tokens, at, node, child, n = world.catalog.window_batch(windows, world.device)
     hidden = model(tokens).flatten(0, 1)[at]
-    loss = -selfplay.step_log_prob(world.model, world.catalog.trie, hidden, node, child).sum() / n
-    loss.backward()
-    return loss.detach()
+    return -selfplay.step_log_prob(model, world.catalog.trie, hidden, node, child).sum() / n
 
 
 def peer_topk(hf, world, histories, k=10, beams=20):
@@ -366,7 +379,7 @@ def compare(cfg, device, dtype):
     n = agree(world, "sft", lambda: our_sft(model, world, windows),
               lambda: peer_sft(hf, world, windows), tolerance)
     report("sft", f"(b) SFT, {B} windows of {cfg.history + 1} titles", *in_turns(
-        device, cfg.repeats, lambda: our_sft(model, world, windows),
+        device, cfg.repeats, lambda: our_sft(model, world, windows).backward(),
         lambda: peer_sft(hf, world, windows)),
         model.flops(n, context / 2, B * cfg.history * 2 * V), "targets", B * cfg.history)
     users = world.histories(cfg.users or (4 if on_cpu else 64), cfg.history)
@@ -415,10 +428,84 @@ def sweep(cfg, device, dtype):
     return {"sweep": rows, "batch": B}
 
 
+def without_weights(name):
+    """One of BASES as a Model on the meta device."""
+    L, dim, heads, kv_heads, width, inner, vocab, tied = BASES[name]
+    with torch.device("meta"):
+        return Model(ModelConfig(vocab, dim, L, heads, kv_heads, width, inner, tied=tied,
+                                 qkv_bias="Qwen" in name))
+
+
+def kept(model, forward):
+    """Bytes that autograd keeps of a forward pass for its backward pass, parameters left out."""
+    ours, held = {p.data_ptr() for p in model.parameters()}, {}
+
+    def pack(x):
+        held[x.untyped_storage().data_ptr()] = x        # held, or its address would be used again
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = forward()
+    del result
+    return sum(x.untyped_storage().nbytes() for at, x in held.items() if at not in ours)
+
+
+def memory(cfg, device, dtype, windows=16, branches=8, S=16):
+    """GiB that training takes, computed: weights in `dtype`; 20 bytes an adapter weight (value,
+    gradient and AdamW's two moments in float32, and the frozen SFT adapter's value); and what
+    autograd keeps of a step, counted on the base's shape with one block and with two (their
+    difference is a block), on cfg.batch windows (0: 2) and scaled to `windows`. With --recompute it
+    keeps every block's input, and one block at a time.
+    """
+    B, size, rows = cfg.batch or 2, torch.finfo(dtype).bits // 8, []
+    for name in BASES:
+        base = without_weights(name)
+        base.add_adapter("sft", cfg.lora_rank)
+        L, dim = base.config.n_layers, base.config.dim
+        row = {"weights": size * sum(p.numel() for k, p in base.named_parameters()
+                                     if "lora_" not in k),
+               "adapters": 20 * sum(p.numel() for p in base.adapter_parameters("sft"))}
+        for n_layers in (1, 2):
+            shape = dataclasses.replace(base.config, n_layers=n_layers, vocab_size=8192)
+            world = World(dataclasses.replace(cfg, vocab_size=8192), device, dtype, shape)
+            model, catalog = world.model.use("player"), world.catalog
+            drawn = world.histories(B, cfg.history + 1)
+            places = np.stack([1 + world.rng.choice(cfg.history, branches, replace=False)
+                               for _ in drawn])
+            items = torch.as_tensor(world.rng.choice(cfg.n_titles, (B, branches, 1 + S),
+                                                     p=world.popular), device=device)
+            steps = {"sft": lambda: our_sft(model, world, drawn),
+                     "corrector": lambda: selfplay.log_q(model, catalog.trie, catalog.branches(
+                         drawn, places, device), items)}
+            for step, forward in steps.items():
+                world.computed = 0
+                row[step, n_layers] = kept(model, forward) * windows / B
+                row[step, "tokens"] = world.computed * windows // B
+        for step in steps:
+            one, tokens = row[step, 1], row[step, "tokens"]
+            block = row[step, 2] - one
+            row[step] = one + (L - 1) * block
+            row[f"{step}, recompute"] = one + L * tokens * dim * size
+        rows.append({"base": name} | {k: v / 2 ** 30 for k, v in row.items()
+                                      if isinstance(k, str)})
+        if len(rows) == 1:
+            print(f"{windows} windows of {cfg.history + 1} titles: SFT {row['sft', 'tokens']} "
+                  f"tokens, corrector ({branches} places, S = {S}) {row['corrector', 'tokens']}\n"
+                  f"{'GiB':>27} {'weights':>9} {'adapters':>9} | {'SFT':>6} {'in all':>7} | "
+                  f"{'corrector':>9} {'in all':>7} | {'recompute':>9} {'in all':>7}")
+        r = rows[-1]
+        fixed = r["weights"] + r["adapters"]
+        print(f"{name:>27} {r['weights']:9.2f} {r['adapters']:9.2f} | {r['sft']:6.1f} "
+              f"{fixed + r['sft']:7.1f} | {r['corrector']:9.1f} {fixed + r['corrector']:7.1f} | "
+              f"{r['corrector, recompute']:9.1f} {fixed + r['corrector, recompute']:7.1f}",
+              flush=True)
+    return {"memory": rows}
+
+
 def main(cfg):
     device, dtype = choose_device(cfg)
     t0 = time.time()
-    results = sweep(cfg, device, dtype) if cfg.sweep else compare(cfg, device, dtype)
+    work = sweep if cfg.sweep else memory if cfg.memory else compare
+    results = work(cfg, device, dtype)
     card = torch.cuda.get_device_name() if device.type == "cuda" else (
         f"{platform.machine()}, {torch.get_num_threads()} threads")
     results["hardware"] = {"device": card, "dtype": str(dtype)[6:], "torch": torch.__version__,

@@ -167,9 +167,13 @@ def cells(found):
     return grid
 
 
-def complete(found):
-    """The cells that have all seeds of the grid: means of others are of other runs."""
-    grid = cells(found)
+def methods(found, group="genre"):
+    """Of the cells of one grouping, those that have all seeds (means of others are of other runs)
+    and no options of their own, if there are such -> {method: its seeds' results}, seeds.
+    """
+    own = {name: x for name, x in found.items() if x["config"]["group_by"] == group}
+    grid = {cell.replace(f"+group_by={group}", ""): runs for cell, runs in cells(own).items()}
+    grid = {cell: runs for cell, runs in grid.items() if "+" not in cell} or grid
     most = max(map(len, grid.values()))
     return {cell: runs for cell, runs in grid.items() if len(runs) == most}, most
 
@@ -191,18 +195,24 @@ def row_of(results, stage=None):
 
 def table(found):
     """Markdown of a grid. Mean and standard deviation over seeds on the test item; and the
-    difference to the same run's SFT, paired by user: its mean over seeds, with the mean of the
-    seeds' 95 % bootstrap intervals over users. A cell's row is of the rounds that validation chose,
-    "SFT in n" says for how many seeds that is SFT itself; the last round's row chooses nothing.
+    difference to the same run's SFT, paired by user: its mean and deviation over seeds, with the
+    mean of the seeds' 95 % bootstrap intervals over users. A cell's row is of the rounds that
+    validation chose, "SFT in n" says for how many seeds that is SFT itself; the last round's row
+    chooses nothing. Below it, likewise: the cells that are re-ranked too, less SFT re-ranked.
     """
     grid = cells(found)
     k = next(iter(found.values()))["config"]["topk"]
     names = [f"{m}@{k}" for m in ("HR", "NDCG", "MGU", "DGU")]
     short = lambda x, form=".4f": re.sub(r"^([+-]?)0\.", r"\1.", format(x, form))
-    mean = lambda rows, m: short(np.mean([r[m] for r in rows])) + (
-        " ± " + short(np.std([r[m] for r in rows], ddof=1)) if len(rows) > 1 else "")
-    less = lambda rows, m: "{} [{}, {}]".format(
-        *(short(x, "+.4f") for x in np.mean([r["less_sft"][m] for r in rows], axis=0)))
+
+    def mean(values, form=".4f"):
+        return short(np.mean(values), form) + (
+            " ± " + short(np.std(values, ddof=1)) if len(values) > 1 else "")
+
+    def less(rows, m, other="less_sft"):
+        by_seed, *ends = np.transpose([r[other][m] for r in rows])
+        low, high = (short(x.mean(), "+.4f") for x in ends)
+        return f"{mean(by_seed, '+.4f')} [{low}, {high}]"
     head = [*names, "coverage", "log_loss", *(f"{m} less SFT" for m in names[:3])]
     lines = [f"| method | seeds | {' | '.join(head)} |", "|---" * (2 + len(head)) + "|"]
     sft = {}
@@ -211,7 +221,7 @@ def table(found):
         sft.setdefault("sft" if group == "genre" else f"sft+group_by={group}", {})[
             x["config"]["seed"]] = row_of(x, "sft")
     lists = {name: list(rows.values()) for name, rows in sft.items()}
-    stayed = {}
+    stayed, notes = {}, []
     for cell, runs in grid.items():
         lists[cell], game = [row_of(x) for x in runs], runs[0]["config"]
         if game["rounds"]:
@@ -222,12 +232,15 @@ def table(found):
                 group = game["group_by"]
                 lists.setdefault("rerank" if group == "genre" else f"rerank+group_by={group}",
                                  [row_of(x, "sft+rerank") for x in runs])
+                for name in (cell, f"{cell}, last round"):
+                    found = (f"{m} {less(lists[name], m, 'less_rerank')}" for m in names[:3])
+                    notes.append(f"{name}, less rerank: {'; '.join(found)}")
     for cell, rows in lists.items():
-        text = [mean(rows, m) for m in (*names, "coverage", "log_loss")]
+        text = [mean([r[m] for r in rows]) for m in (*names, "coverage", "log_loss")]
         text += [less(rows, m) if cell not in sft else "" for m in names[:3]]
         seeds = f"{len(rows)}, SFT in {n}" if (n := stayed.get(cell)) else len(rows)
         lines.append(f"| {cell} | {seeds} | " + " | ".join(text) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines) + "".join(f"\n\n{note}" for note in notes)
 
 
 def save(found, path):
@@ -285,51 +298,52 @@ def draw_exposure(results, path):
     fig.savefig(path, dpi=150)
 
 
-def draw_tradeoff(found, path):
-    """MGU against HR, means over seeds with their standard errors: the rounds of ufo as a line, the
-    last round of every other complete cell, and the group bias, as a point.
+def draw_tradeoff(found, path, group="genre"):
+    """MGU against HR, means over seeds, with the standard error of the difference to the seed's own
+    SFT: the rounds of ufo as a line, the last round of every other method, and the group bias, as a
+    point. Of one grouping: MGU of another is another figure.
     """
-    grid, seeds = complete(found)
+    grid, seeds = methods(found, group)
     k = next(iter(found.values()))["config"]["topk"]
     fig, ax = canvas(7.5, 5)
 
-    def point(rows):
-        values = np.array([[100 * r[f"MGU@{k}"], r[f"HR@{k}"]] for r in rows])
-        return values.mean(0), values.std(0, ddof=len(rows) > 1) / len(rows) ** 0.5
+    def place(row):
+        return np.array([100 * row[f"MGU@{k}"], row[f"HR@{k}"]])
 
-    def put(rows, name, color, marker, label_at=(6, 5)):
-        (x, y), (dx, dy) = point(rows)
+    def put(runs, find, name, color, marker, label_at=(6, 5)):
+        x, y = at = np.mean([place(find(r)) for r in runs], axis=0)
+        gain = np.array([place(find(r)) - place(row_of(r, "sft")) for r in runs])
+        dx, dy = gain.std(0, ddof=len(runs) > 1) / len(runs) ** 0.5
         ax.errorbar(x, y, dy, dx, fmt=marker, color=color, ms=7, lw=0.8, alpha=0.9)
-        ax.annotate(name, (x, y), xytext=label_at, textcoords="offset points", fontsize=8.5,
+        ax.annotate(name, at, xytext=label_at, textcoords="offset points", fontsize=8.5,
                     color=color)
+        return at
     for cell, runs in grid.items():
+        last = runs[0]["config"]["rounds"]
         if cell == "ufo":
-            stages = ["sft", *(f"ufo-{t + 1}" for t in range(runs[0]["config"]["rounds"]))]
-            line = np.array([point([row_of(x, s) for x in runs])[0] for s in stages])
-            ax.plot(*line.T, "-", color=INK["ufo"], lw=1.5, zorder=1)
-            put([row_of(x, "sft") for x in runs], "SFT", INK["sft"], "o")
-            for s in stages[1:]:
-                put([row_of(x, s) for x in runs], s, INK["ufo"], "D")
+            line = [put(runs, lambda r: row_of(r, "sft"), "SFT", INK["sft"], "o")]
+            line += [put(runs, lambda r: row_of(r, f"ufo-{t}"), f"ufo-{t}", INK["ufo"], "D",
+                         (6, -13)) for t in range(1, last + 1)]
+            ax.plot(*np.transpose(line), "-", color=INK["ufo"], lw=1.5, zorder=1)
         else:
-            last = runs[0]["config"]["rounds"]
-            put([row_of(x, f"ufo-{last}" if last else None) for x in runs], cell,
+            put(runs, lambda r: row_of(r, f"ufo-{last}" if last else None), cell,
                 INK["pretrained"], "s")
-        if runs[0]["config"]["rerank"] and runs[0]["config"]["rounds"]:
-            put([row_of(x, "sft+rerank") for x in runs], "rerank", INK["history"], "s", (6, -12))
-            put([reranked(x) for x in runs], f"{cell}, then rerank", INK["history"], "s")
-    ax.set_xlabel(f"MGU@{k}, per cent (left is fairer)")
+        if runs[0]["config"]["rerank"] and last:
+            put(runs, lambda r: row_of(r, "sft+rerank"), "rerank", INK["history"], "s", (6, -12))
+            put(runs, reranked, f"{cell}, then rerank", INK["history"], "s")
+    ax.set_xlabel(f"MGU@{k} by {group}, per cent (left is fairer)")
     ax.set_ylabel(f"HR@{k} (up is better)")
-    ax.set_title(f"Unfairness and accuracy on the test item; bars: standard error over {seeds} "
-                 f"seeds", loc="left", fontsize=11)
+    ax.set_title(f"Unfairness and accuracy on the test item, seeds: {seeds} (bars: standard error "
+                 f"of the way from SFT)", loc="left", fontsize=10)
     fig.savefig(path, dpi=150)
 
 
-def draw_judger(found, path):
+def draw_judger(found, path, group="genre"):
     """How often the judger tells a user's item from one that the opponent made up, by round; 1/2
     ends the game.
     """
     fig, ax = canvas(7.5, 3.6)
-    for cell, runs in complete(found)[0].items():
+    for cell, runs in methods(found, group)[0].items():
         game = runs[0]["config"]
         if game["rounds"] and game["loss"] != "sft" and game["negatives"] == "sampled":
             mean = np.mean([[r["judger_accuracy"] for r in x["rounds"]] for x in runs], axis=0)
@@ -355,8 +369,10 @@ def main(path):
     if "rows" in found:
         return draw_exposure(found, path / "exposure.png")
     print(table(found))
-    for draw in (draw_tradeoff, draw_judger):
-        draw(found, path.with_name(f"{path.stem}-{draw.__name__[5:]}.png"))
+    for group in sorted({x["config"]["group_by"] for x in found.values()}):
+        of = "" if group == "genre" else f"-{group}"
+        for draw in (draw_tradeoff, draw_judger):
+            draw(found, path.with_name(f"{path.stem}-{draw.__name__[5:]}{of}.png"), group)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ hand.
     python -m pytest -q
 """
 
+import dataclasses
 import json
 import math
 import zipfile
@@ -1274,6 +1275,30 @@ def test_benchmark_agrees_with_transformers_and_writes_json(tmp_path):
         bench.agree(world, "sft", broken, lambda: bench.peer_sft(hf, world, windows), 1e-4)
 
 
+def test_memory_is_counted_by_hand_and_the_bases_have_their_published_sizes(capsys, monkeypatch):
+    import bench
+    layer = torch.nn.Linear(3, 2, bias=False)
+    x = torch.ones(5, 3)
+    # of y^2: y (5, 2) is kept; of y: x (5, 3); not the layer's own weight
+    assert bench.kept(layer, lambda: layer(x).pow(2)) == 4 * (10 + 15)
+    sizes = {"SmolLM2-135M": 134515008, "SmolLM2-360M": 361821120, "SmolLM2-1.7B": 1711376384,
+             "Qwen2.5-0.5B": 494032768, "Qwen2.5-1.5B": 1543714304, "Llama-3.2-1B": 1235814400,
+             "Llama-2-7b-hf": 6738415616}
+    models = {name.split("/")[1]: bench.without_weights(name) for name in bench.BASES}
+    assert {k: sum(p.numel() for p in m.parameters()) for k, m in models.items()} == sizes
+    monkeypatch.setattr(bench, "BASES", {"a/small": (4, 32, 4, 2, 8, 64, 99, True)})
+    cfg = bench.Bench(n_titles=100, history=9, batch=2, device="cpu", memory=True)
+    row, = bench.memory(cfg, torch.device("cpu"), torch.float32)["memory"]
+    # no outside figure to compare with, but a whole model of four blocks keeps what was foretold
+    world = bench.World(dataclasses.replace(cfg, vocab_size=8192), torch.device("cpu"),
+                        torch.float32, ModelConfig(8192, 32, 4, 4, 2, 8, 64))
+    windows, model = world.histories(2, 10), world.model.use("player")
+    held = bench.kept(model, lambda: bench.our_sft(model, world, windows)) * 8 / 2 ** 30
+    assert row["sft"] == pytest.approx(held, rel=1e-3)
+    assert 0 < row["sft, recompute"] < row["sft"] < row["corrector"]
+    assert "a/small" in capsys.readouterr().out
+
+
 def test_bad_machines_models_and_folders(tmp_path, monkeypatch):
     small = lambda *more: train.configure([*SMALL, f"--out_dir={tmp_path / 'out'}", *more])
     if not torch.cuda.is_available():
@@ -1432,9 +1457,16 @@ def test_figures_are_drawn(tmp_path):
     train.main(train.configure(["--max_users=40", *SMALL[:3], "--rounds=1", "--branches=2",
                                 "--round_iters=2", f"--out_dir={out}"]))
     assert (out / "exposure.png").read_bytes()[1:4] == b"PNG"
-    report.save({"ufo-0": json.loads((out / "results.json").read_text())}, tmp_path / "toy.json")
+    run = json.loads((out / "results.json").read_text())
+    other = run | {"config": run["config"] | {"group_by": "popularity"}}
+    found = {"ufo-0": run, "ufo-1": run, "ufo+gamma=0.1-0": run,
+             "ufo+group_by=popularity+rerank=True-0": other}
+    assert report.methods(found) == ({"ufo": [run, run]}, 2)
+    assert report.methods(found, "popularity") == ({"ufo": [other]}, 1)
+    report.save(found, tmp_path / "toy.json")
     report.main(tmp_path / "toy.json")
-    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["toy-judger.png", "toy-tradeoff.png"]
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == [
+        f"toy-{x}{of}.png" for x in ("judger", "tradeoff") for of in ("-popularity", "")]
     with pytest.raises(data.InputError, match="name a run's folder"):
         report.main(tmp_path / "no.json")
 
@@ -1452,7 +1484,7 @@ def test_a_table_says_where_sft_was_kept_and_prints_whole_numbers():
     assert [x[1] for x in cells[2:]] == ["sft", "spin", "spin, last round"]
     assert [x[2] for x in cells[2:]] == ["2", "2, SFT in 1", "2"]
     assert cells[2][8] == "10.0000 ± .0000" and cells[4][3] == "1.2500 ± .0000"
-    assert cells[4][9] == "+.2500 [-1.5000, +10.5000]"
+    assert cells[4][9] == "+.2500 ± .0000 [-1.5000, +10.5000]"
     assert report.kept("sft", 3) == "ufo-3" and report.kept("sft", 0) == "sft"
     assert report.kept("ufo-1", 3) == "ufo-1"
 
