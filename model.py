@@ -333,8 +333,8 @@ def config_from_hf(hf):
 
 
 def from_hf(hf_model):
-    """A transformers LlamaForCausalLM or Qwen2ForCausalLM -> our Model with the same weights
-    (float32).
+    """A transformers LlamaForCausalLM or Qwen2ForCausalLM -> our Model with the same weights in
+    float32: its own memory where they are float32 there.
     """
     config = config_from_hf(hf_model.config)
     w, ours = hf_model.state_dict(), {}
@@ -349,7 +349,7 @@ def from_hf(hf_model):
                     ours[f"blocks.{i}.{mine}.{kind}"] = w[key]
     with torch.device("meta"):
         model = Model(config)
-    ours = {k: v.detach().float().clone() for k, v in ours.items()}
+    ours = {k: v.detach().float() for k, v in ours.items()}
     model.load_state_dict(ours, assign=True)            # strict: a weight that is missing raises
     model.rope = rope_frequencies(config)
     return model
