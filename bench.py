@@ -22,6 +22,7 @@ second over those of a large matrix product on the same machine in the same prec
 """
 
 import dataclasses
+import gc
 import json
 import platform
 import sys
@@ -34,7 +35,7 @@ import torch
 import corrector
 import judger
 import selfplay
-from catalog import Catalog, Tokenizer, pad
+from catalog import Catalog, Tokenizer, draw_places, pad
 from config import check, exit_code, parse
 from machine import choose_device, matmul_peak, peak_memory
 from model import Model, ModelConfig
@@ -52,7 +53,7 @@ class Bench:
     repeats: int = 3            # of every side
     seed: int = 0
     sweep: bool = False         # our side alone, over sizes of catalog, history and S
-    memory: bool = False        # what a step of 16 windows keeps, computed, for all of BASES
+    memory: bool = False        # what training keeps of a step, computed, for all of BASES
     out: str = ""               # a JSON file to write
     # SmolLM2-135M
     vocab_size: int = 49152
@@ -105,6 +106,7 @@ class World:
     """Catalog, histories, and a model with the adapters "sft" and "player", not yet equal."""
 
     def __init__(self, cfg, device, dtype, shape=None):
+        gc.collect()                            # the world before, which its own hook keeps alive
         rng = np.random.default_rng(cfg.seed)
         torch.manual_seed(cfg.seed)
         tokenizer = Tokenizer(lambda text: [1 if t == "\n" else int(t) for t in
@@ -441,6 +443,7 @@ def kept(model, forward):
     ours, held = {p.data_ptr() for p in model.parameters()}, {}
 
     def pack(x):
+        x = x.detach()          # or the graph would hold itself, for good
         held[x.untyped_storage().data_ptr()] = x        # held, or its address would be used again
         return x
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
@@ -449,55 +452,54 @@ def kept(model, forward):
     return sum(x.untyped_storage().nbytes() for at, x in held.items() if at not in ours)
 
 
-def memory(cfg, device, dtype, windows=16, branches=8, S=16):
+def memory(cfg, device, dtype, branches=8, S=16, eval_batch=64):
     """GiB that training takes, computed: weights in `dtype`; 20 bytes an adapter weight (value,
     gradient and AdamW's two moments in float32, and the frozen SFT adapter's value); and what
-    autograd keeps of a step, counted on the base's shape with one block and with two (their
-    difference is a block), on cfg.batch windows (0: 2) and scaled to `windows`. With --recompute it
-    keeps every block's input, and one block at a time.
+    autograd keeps of a step of cfg.batch windows (0: 16), counted on the base's shape with one
+    block and with two, whose difference is a block. With --recompute it keeps every block's input,
+    and one block at a time. Search keeps `eval_batch` users' keys and values instead, in buffers
+    with half as much room again (`model.KV`).
     """
-    B, size, rows = cfg.batch or 2, torch.finfo(dtype).bits // 8, []
+    B, size, rows = cfg.batch or 16, torch.finfo(dtype).bits // 8, []
+    # one catalog for all: of token numbers that every base has
+    cfg = dataclasses.replace(cfg, vocab_size=min(shape[6] for shape in BASES.values()))
+
+    def count(shape):
+        """{step: (bytes kept, tokens)} for a model of this shape."""
+        world = World(cfg, device, dtype, shape)
+        model, catalog, found = world.model.use("player"), world.catalog, {}
+        drawn = world.histories(B, cfg.history + 1)
+        prompt = catalog.branches(drawn, draw_places(drawn, branches, world.rng), device)
+        items = torch.as_tensor(world.rng.choice(cfg.n_titles, (B, branches, 1 + S),
+                                                 p=world.popular), device=device)
+        for step, forward in {"sft": lambda: our_sft(model, world, drawn), "corrector":
+                              lambda: selfplay.log_q(model, catalog.trie, prompt, items)}.items():
+            world.computed = 0
+            found[step] = kept(model, forward), world.computed
+        return found
     for name in BASES:
         base = without_weights(name)
+        c, weights = base.config, sum(p.numel() for p in base.parameters())
         base.add_adapter("sft", cfg.lora_rank)
-        L, dim = base.config.n_layers, base.config.dim
-        row = {"weights": size * sum(p.numel() for k, p in base.named_parameters()
-                                     if "lora_" not in k),
+        row = {"base": name, "weights": size * weights,
                "adapters": 20 * sum(p.numel() for p in base.adapter_parameters("sft"))}
-        for n_layers in (1, 2):
-            shape = dataclasses.replace(base.config, n_layers=n_layers, vocab_size=8192)
-            world = World(dataclasses.replace(cfg, vocab_size=8192), device, dtype, shape)
-            model, catalog = world.model.use("player"), world.catalog
-            drawn = world.histories(B, cfg.history + 1)
-            places = np.stack([1 + world.rng.choice(cfg.history, branches, replace=False)
-                               for _ in drawn])
-            items = torch.as_tensor(world.rng.choice(cfg.n_titles, (B, branches, 1 + S),
-                                                     p=world.popular), device=device)
-            steps = {"sft": lambda: our_sft(model, world, drawn),
-                     "corrector": lambda: selfplay.log_q(model, catalog.trie, catalog.branches(
-                         drawn, places, device), items)}
-            for step, forward in steps.items():
-                world.computed = 0
-                row[step, n_layers] = kept(model, forward) * windows / B
-                row[step, "tokens"] = world.computed * windows // B
-        for step in steps:
-            one, tokens = row[step, 1], row[step, "tokens"]
-            block = row[step, 2] - one
-            row[step] = one + (L - 1) * block
-            row[f"{step}, recompute"] = one + L * tokens * dim * size
-        rows.append({"base": name} | {k: v / 2 ** 30 for k, v in row.items()
-                                      if isinstance(k, str)})
-        if len(rows) == 1:
-            print(f"{windows} windows of {cfg.history + 1} titles: SFT {row['sft', 'tokens']} "
-                  f"tokens, corrector ({branches} places, S = {S}) {row['corrector', 'tokens']}\n"
-                  f"{'GiB':>27} {'weights':>9} {'adapters':>9} | {'SFT':>6} {'in all':>7} | "
-                  f"{'corrector':>9} {'in all':>7} | {'recompute':>9} {'in all':>7}")
-        r = rows[-1]
-        fixed = r["weights"] + r["adapters"]
-        print(f"{name:>27} {r['weights']:9.2f} {r['adapters']:9.2f} | {r['sft']:6.1f} "
-              f"{fixed + r['sft']:7.1f} | {r['corrector']:9.1f} {fixed + r['corrector']:7.1f} | "
-              f"{r['corrector, recompute']:9.1f} {fixed + r['corrector, recompute']:7.1f}",
-              flush=True)
+        one, two = (count(dataclasses.replace(c, n_layers=n)) for n in (1, 2))
+        for step, (bytes_kept, tokens) in one.items():
+            row |= {f"{step} tokens": tokens,
+                    step: bytes_kept + (c.n_layers - 1) * (two[step][0] - bytes_kept),
+                    f"{step}, recompute": bytes_kept + c.n_layers * tokens * c.dim * size}
+        room = row["sft tokens"] // B * 3 // 2 + 32
+        row["search"] = 2 * size * eval_batch * room * c.n_layers * c.n_kv_heads * c.head_dim
+        if not rows:
+            print(f"{B} windows of {cfg.history + 1} titles: SFT {row['sft tokens']} tokens, "
+                  f"corrector ({branches} places, S = {S}) {row['corrector tokens']}; GiB beside "
+                  f"weights and adapters, re: with --recompute\n{'':>27} {'weights':>8} "
+                  f"{'adapters':>8} {'SFT':>6} {'re':>6} {'corrector':>9} {'re':>6} {'search':>6}")
+        gib = {k: v / 2 ** 30 for k, v in row.items() if k != "base" and "tokens" not in k}
+        rows.append(row | gib)
+        print(f"{name:>27} {gib['weights']:8.2f} {gib['adapters']:8.2f} {gib['sft']:6.1f} "
+              f"{gib['sft, recompute']:6.1f} {gib['corrector']:9.1f} "
+              f"{gib['corrector, recompute']:6.1f} {gib['search']:6.1f}", flush=True)
     return {"memory": rows}
 
 

@@ -122,7 +122,7 @@ AT_LEAST = dict(
     holdout=1, max_users=0, train_users=0, eval_users=0, vocab_users=0, history=1, topk=1,
     batch_size=1, eval_batch=1, dropout=0, lora_rank=1, sft_window=2, seed=0, save_every=0,
     weight_decay=0, sft_iters=0, eval_every=1, patience=0, pretrain_iters=0, rounds=0,
-    round_iters=1, branches=1, num_negatives=1, gamma=0, lam=0, alpha=0)
+    round_iters=1, branches=1, num_negatives=1, gamma=0, alpha=0)
 
 
 # options that do not change a result: where it is kept, and how safely
@@ -213,7 +213,7 @@ def configure(argv):
     preset |= METHODS.get(typed.get("method"), {})
     cfg = Config(**(preset | typed | {"out_dir": str(out)}))
     check(cfg)
-    for key in ("temperature", "sft_lr", "lr", "pretrain_lr"):
+    for key in ("temperature", "sft_lr", "lr", "pretrain_lr", "lam"):
         if not getattr(cfg, key) > 0:
             raise data.InputError(f"--{key}={getattr(cfg, key)}: must be above 0")
     if cfg.alpha > 1 or cfg.dropout >= 1:
@@ -236,7 +236,7 @@ def exit_code(work):
         if isinstance(e, torch.OutOfMemoryError):
             why += " Lower --batch_size (training) or --eval_batch (search and play)"
         elif isinstance(e, OSError):
-            why = f"{e.filename}: {e.strerror}"
+            why = f"{e.filename}: {e.strerror}" if e.filename else e.strerror or why
         print(f"error: {why}", file=sys.stderr)
         return 2
     except (machine.Stopped, KeyboardInterrupt) as e:

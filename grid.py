@@ -11,6 +11,7 @@ of a seed share one SFT, the first cell's (`train.py --sft_from`). The table (`r
 printed, and the figures kept with --save=FILE.
 """
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import data
 import report
-from config import METHODS, PLACES, Config, exit_code, nearest, parse
+from config import GAME, MEASURED, METHODS, PLACES, Config, configure, exit_code, nearest, parse
 
 
 @dataclass
@@ -52,10 +53,11 @@ def run(cfg, cell, seed, rest):
     out = folder / f"{cell}-{seed}"
     key = lambda arg: arg.partition("=")[0][2:]
     rest = own + [a for a in rest if key(a) not in {*METHODS[method], *map(key, own)}]
+    rest += [f"--dataset={cfg.dataset}", f"--method={method}", f"--seed={seed}", f"--out_dir={out}"]
     if (out / "results.json").exists():
         was = json.loads((out / "results.json").read_text())["config"]
-        other = [f"{k} was {was.get(k)}" for k, v in parse(rest, Config).items()
-                 if k not in PLACES and was.get(k) != v]
+        other = [f"{k} was {was[k]}" for k, v in dataclasses.asdict(configure(rest)).items()
+                 if k not in PLACES and was.get(k, v) != v]
         if other:
             raise data.InputError(f"{out} was run with other options: {', '.join(other)}; use "
                                   f"another --grid_dir")
@@ -67,9 +69,7 @@ def run(cfg, cell, seed, rest):
           flush=True)
     with open(out / "run.log", "a") as log:
         code = launch([sys.executable, str(Path(__file__).parent / "train.py"), *rest,
-                       f"--dataset={cfg.dataset}", f"--method={method}", f"--seed={seed}",
-                       f"--out_dir={out}", *["--resume"] * begun,
-                       *[f"--sft_from={sft}"] * bool(sft)], log)
+                       *["--resume"] * begun, *[f"--sft_from={sft}"] * bool(sft)], log)
     if code:
         raise data.InputError(f"{out}: train.py ended with {code}; see run.log there")
 
@@ -84,8 +84,9 @@ def main(argv):
     for method, *options in (cell.split("+") for cell in cells):
         if method not in METHODS:
             raise data.InputError(f"--methods: {method}: not known{nearest(method, METHODS)}")
-        if twice := fixed & set(parse([f"--{x}" for x in options], Config)):
-            raise data.InputError(f"--methods: +{min(twice)} cannot be a cell's own")
+        own = set(parse([f"--{x}" for x in options], Config))
+        if other := own - (set(GAME + MEASURED) - fixed):       # the cells of a seed share its SFT
+            raise data.InputError(f"--methods: +{min(other)} cannot be a cell's own; give it to all")
     if not all(s.isdigit() for s in cfg.seeds.split(",")):
         raise data.InputError(f"--seeds={cfg.seeds}: expected whole numbers and commas")
     if not cfg.table:

@@ -31,13 +31,14 @@ def covariance(x, y):
     return ((x - x.mean(-1, keepdims=True)) * (y - y.mean(-1, keepdims=True))).mean(-1)
 
 
-def covariance_debiased(star, pre, sft, users, n_split=1000, seed=0):
+def covariance_debiased(star, pre, sft, users, fair=lambda E: E, n_split=1000, seed=0):
     """(5) without the bias of its own noise: b from one half of the users, shift from the other,
     both ways round.
 
     star, pre, sft: (sums (N, G), counts (N,)) as `metrics.group_sums` gives for the histories
-    shown, the pretrained and the fine-tuned lists; users (N,). The halves share no user, so no
-    noise stands in both factors and the product is unbiased. Averaged over n_split random halvings;
+    shown, the pretrained and the fine-tuned lists; users (N,); fair: histories' exposure -> E* (see
+    TARGETS). The halves share no user, so no noise stands in both factors and the product is
+    unbiased. Averaged over n_split random halvings;
     the 95 % interval is of halvings whose halves are each resampled by user, which is somewhat too
     wide (one halving is noisier than their average). Returns (covariance, [low, high]).
     """
@@ -52,7 +53,7 @@ def covariance_debiased(star, pre, sft, users, n_split=1000, seed=0):
         parts = []
         for w in (first[:, index], second[:, index]):
             e_star, e_pre, e_sft = (metrics.exposure(*x, w) for x in (star, pre, sft))
-            parts.append((e_pre - e_star, e_sft - e_pre))
+            parts.append((e_pre - fair(e_star), e_sft - e_pre))
         (b1, s1), (b2, s2) = parts
         return (covariance(b1, s2) + covariance(b2, s1)) / 2
 

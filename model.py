@@ -146,10 +146,9 @@ class Block(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
             # no fused kernel takes both a mask and grouped heads: the H/K query heads of a
-            # key/value head become H/K times as many queries
-            n = c.n_heads // c.n_kv_heads
-            y = F.scaled_dot_product_attention(q.reshape(B, c.n_kv_heads, n * T, c.head_dim), k, v,
-                                               attn_mask=mask.repeat(1, 1, n, 1))
+            # key/value head become H/K times as many queries (`Model.forward` made the mask so)
+            y = F.scaled_dot_product_attention(q.reshape(B, c.n_kv_heads, -1, c.head_dim), k, v,
+                                               attn_mask=mask)
             y = y.reshape(B, c.n_heads, T, c.head_dim)
         return self.o(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -196,7 +195,9 @@ class Model(nn.Module):
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
         angle = positions[:, None, :, None].float() * self.rope                    # (B,1,T,E/2)
         cos, sin = angle.cos().to(self.compute_dtype), angle.sin().to(self.compute_dtype)
-        mask = None if mask is None else mask[:, None]                             # for all heads
+        if mask is not None:        # to what is added to scores, (B,1,H/K*T,S), once for all blocks
+            hidden = torch.zeros_like(mask, dtype=self.compute_dtype).masked_fill(~mask, -math.inf)
+            mask = hidden[:, None].repeat(1, 1, self.config.n_heads // self.config.n_kv_heads, 1)
         x = self.drop(F.embedding(tokens, self.embed).to(self.compute_dtype))
         if cache is not None and not cache:
             cache += [KV() for _ in self.blocks]

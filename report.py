@@ -22,7 +22,7 @@ import data
 import judger
 import machine
 import metrics
-from config import PLACES, exit_code
+from config import MEASURED, PLACES, exit_code
 from model import save_peft
 
 
@@ -34,7 +34,7 @@ def origin_report(run, pre, sft, end):
     o = judger.origins(star, E_pre, E_sft)
     shown = [h[-history:] for h in shown]
     sums = [metrics.group_sums(ds.credit, x) for x in (shown, pre["lists"], sft["lists"])]
-    debiased, ci = judger.covariance_debiased(*sums, user)
+    debiased, ci = judger.covariance_debiased(*sums, user, judger.TARGETS[run.cfg.target])
     print(f"\nWhere the unfairness comes from (test; exposure in per cent; pretrained: "
           f"over={pre['over']})")
     print(f"{'group':>14} {'E*':>7} {'E_pre':>7} {'E_sft':>7} {'E_ufo':>7} {'b':>7} {'shift':>7}")
@@ -97,7 +97,8 @@ def choose(rows, k):
 
 
 def kept(chosen, rounds):
-    """The stage that model.pt holds: the one that validation chose, the last round if that is SFT.
+    """The stage that model.pt holds, recommend.py shows as "ufo" and re-ranking comes on top of:
+    the one that validation chose, or the last round where it chose SFT.
     """
     return chosen if chosen != "sft" or not rounds else f"ufo-{rounds}"
 
@@ -156,51 +157,51 @@ def finish(run, end):
 
 # ---------------------------------------------------------------------- a grid of runs
 
-def cells(found):
-    """{"<cell>-<seed>": results} -> {cell: its seeds' results}, sorted by name. That a cell is also
-    re-ranked at its end does not make it another.
+def cells(found, only=None):
+    """{"<method>+<options>-<seed>": results} -> {(cell, measured): {seed: results}}, sorted.
+    measured: those of a cell's options that say what is measured ("+group_by=popularity"), so that
+    cells with the same `measured` share the rows of SFT and of re-ranking. That a cell is also
+    re-ranked at its end does not make it another. only: of one `measured`, and without options
+    beside it.
     """
     grid = {}
     for name in sorted(found):
-        cell = name.rpartition("-")[0].replace("+rerank=True", "")
-        grid.setdefault(cell, []).append(found[name])
+        cell, _, seed = name.replace("+rerank=True", "").rpartition("-")
+        method, *options = cell.split("+")
+        measured = "".join(f"+{x}" for x in options if x.partition("=")[0] in MEASURED)
+        if only in (None, measured) and (only is None or cell == method + measured):
+            runs = grid.setdefault((cell, measured), {})
+            if seed not in runs or "+rerank=True" in name:
+                runs[seed] = found[name]
     return grid
 
 
-def methods(found, group="genre"):
-    """Of the cells of one grouping, those that have all seeds (means of others are of other runs)
-    and no options of their own, if there are such -> {method: its seeds' results}, seeds.
+def rows_of(runs, stage):
+    """{seed: test row} of a stage in those of the runs ({seed: results}) that have it. stage: a
+    name, or a function of results that gives one.
     """
-    own = {name: x for name, x in found.items() if x["config"]["group_by"] == group}
-    grid = {cell.replace(f"+group_by={group}", ""): runs for cell, runs in cells(own).items()}
-    grid = {cell: runs for cell, runs in grid.items() if "+" not in cell} or grid
-    most = max(map(len, grid.values()))
-    return {cell: runs for cell, runs in grid.items() if len(runs) == most}, most
+    name = stage if callable(stage) else lambda _: stage
+    found = {seed: [r for r in x["rows"] if r["stage"] == name(x)] for seed, x in runs.items()}
+    return {seed: rows[0] for seed, rows in found.items() if rows}
+
+
+def last(results):
+    return f"ufo-{results['config']['rounds']}"
 
 
 def reranked(results):
-    """The test row of a run's last stage with the group bias on top."""
-    return next(r for r in results["rows"] if r["stage"].startswith("ufo")
-                and r["stage"].endswith("+rerank"))
-
-
-def row_of(results, stage=None):
-    """A run's test row of a stage; by default the one that counts: the round that validation
-    chose, or the re-ranked lists where that is the method.
-    """
-    stage = stage or ("sft+rerank" if results["config"]["method"] == "rerank"
-                      else results["chosen"])
-    return next(r for r in results["rows"] if r["stage"] == stage)
+    """A run's kept stage with the group bias on top."""
+    return f"{kept(results['chosen'], results['config']['rounds'])}+rerank"
 
 
 def table(found):
     """Markdown of a grid. Mean and standard deviation over seeds on the test item; and the
     difference to the same run's SFT, paired by user: its mean and deviation over seeds, with the
     mean of the seeds' 95 % bootstrap intervals over users. A cell's row is of the rounds that
-    validation chose, "SFT in n" says for how many seeds that is SFT itself; the last round's row
-    chooses nothing. Below it, likewise: the cells that are re-ranked too, less SFT re-ranked.
+    validation chose, "SFT in n" says for how many seeds that is SFT itself (whose interval is no
+    width, so none is given); the last round's row chooses nothing. Below the table, likewise: the
+    cells that are re-ranked too, less SFT re-ranked.
     """
-    grid = cells(found)
     k = next(iter(found.values()))["config"]["topk"]
     names = [f"{m}@{k}" for m in ("HR", "NDCG", "MGU", "DGU")]
     short = lambda x, form=".4f": re.sub(r"^([+-]?)0\.", r"\1.", format(x, form))
@@ -209,38 +210,36 @@ def table(found):
         return short(np.mean(values), form) + (
             " ± " + short(np.std(values, ddof=1)) if len(values) > 1 else "")
 
-    def less(rows, m, other="less_sft"):
-        by_seed, *ends = np.transpose([r[other][m] for r in rows])
+    def less(rows, m, other="less_sft", interval=True):
+        by_seed, *ends = np.transpose([r[other][m] for r in rows.values()])
         low, high = (short(x.mean(), "+.4f") for x in ends)
-        return f"{mean(by_seed, '+.4f')} [{low}, {high}]"
+        return mean(by_seed, "+.4f") + (f" [{low}, {high}]" if interval else "")
+    references, games, notes = {}, {}, []           # name -> ({seed: row}, seeds where it is SFT)
+    for (cell, measured), runs in cells(found).items():
+        for name, stage in (("sft", "sft"), ("rerank", "sft+rerank")):
+            if rows := rows_of(runs, stage):
+                references.setdefault(name + measured, ({}, 0))[0].update(rows)
+        if not any(x["config"]["rounds"] for x in runs.values()):
+            continue
+        stayed = sum(x["chosen"] == "sft" for x in runs.values())
+        games[cell] = rows_of(runs, lambda x: x["chosen"]), stayed
+        games[f"{cell}, last round"] = rows_of(runs, last), 0
+        if rows := rows_of(runs, reranked):
+            games[f"{cell}, then rerank"] = rows, 0
+            for name in (cell, f"{cell}, last round"):
+                both = {seed: r for seed, r in games[name][0].items() if "less_rerank" in r}
+                text = "; ".join(f"{m} {less(both, m, 'less_rerank')}" for m in names[:3])
+                notes.append(f"\n\n{name}, less rerank: {text}")
     head = [*names, "coverage", "log_loss", *(f"{m} less SFT" for m in names[:3])]
     lines = [f"| method | seeds | {' | '.join(head)} |", "|---" * (2 + len(head)) + "|"]
-    sft = {}
-    for x in found.values():
-        group = x["config"]["group_by"]
-        sft.setdefault("sft" if group == "genre" else f"sft+group_by={group}", {})[
-            x["config"]["seed"]] = row_of(x, "sft")
-    lists = {name: list(rows.values()) for name, rows in sft.items()}
-    stayed, notes = {}, []
-    for cell, runs in grid.items():
-        lists[cell], game = [row_of(x) for x in runs], runs[0]["config"]
-        if game["rounds"]:
-            stayed[cell] = sum(x["chosen"] == "sft" for x in runs)
-            lists[f"{cell}, last round"] = [row_of(x, f"ufo-{game['rounds']}") for x in runs]
-            if game["rerank"]:
-                lists[f"{cell}, then rerank"] = [reranked(x) for x in runs]
-                group = game["group_by"]
-                lists.setdefault("rerank" if group == "genre" else f"rerank+group_by={group}",
-                                 [row_of(x, "sft+rerank") for x in runs])
-                for name in (cell, f"{cell}, last round"):
-                    found = (f"{m} {less(lists[name], m, 'less_rerank')}" for m in names[:3])
-                    notes.append(f"{name}, less rerank: {'; '.join(found)}")
-    for cell, rows in lists.items():
-        text = [mean([r[m] for r in rows]) for m in (*names, "coverage", "log_loss")]
-        text += [less(rows, m) if cell not in sft else "" for m in names[:3]]
-        seeds = f"{len(rows)}, SFT in {n}" if (n := stayed.get(cell)) else len(rows)
-        lines.append(f"| {cell} | {seeds} | " + " | ".join(text) + " |")
-    return "\n".join(lines) + "".join(f"\n\n{note}" for note in notes)
+    references = dict(sorted(references.items(), key=lambda x: x[0].startswith("rerank")))
+    for name, (rows, stayed) in (references | games).items():
+        text = [mean([r[m] for r in rows.values()]) for m in (*names, "coverage", "log_loss")]
+        is_sft = name in references and name.startswith("sft")
+        text += ["" if is_sft else less(rows, m, interval=not stayed) for m in names[:3]]
+        seeds = f"{len(rows)}, SFT in {stayed}" if stayed else len(rows)
+        lines.append(f"| {name} | {seeds} | " + " | ".join(text) + " |")
+    return "\n".join(lines) + "".join(notes)
 
 
 def save(found, path):
@@ -280,15 +279,18 @@ def draw_exposure(results, path):
     x = {name: 100 * np.array(o[name])[order] for name in ("E_star", "E_pre", "E_sft", "E_ufo")}
     y = np.arange(len(order))
     ax.hlines(y, x["E_star"], x["E_sft"], color=INK["sft"], lw=1.2, alpha=0.5)
-    ax.hlines(y, x["E_star"], x["E_ufo"], color=INK["ufo"], lw=3.5, alpha=0.6)
-    ax.plot(x["E_star"], y, "|", color=INK["history"], ms=13, mew=2.2, label="users' histories")
+    fair = {"history": "users' histories"}.get(results["config"]["target"], "fair")
+    ax.plot(x["E_star"], y, "|", color=INK["history"], ms=13, mew=2.2, label=fair)
     ax.plot(x["E_pre"], y, "o", mfc="none", color=INK["pretrained"], ms=6, label="pretrained")
     ax.plot(x["E_sft"], y, "o", color=INK["sft"], ms=6, label="fine-tuned (SFT)")
     end = kept(results["chosen"], results["config"]["rounds"])
-    ax.plot(x["E_ufo"], y, "D", color=INK["ufo"], ms=5.5, label=f"after self-play ({end})")
+    if end != "sft":
+        ax.hlines(y, x["E_star"], x["E_ufo"], color=INK["ufo"], lw=3.5, alpha=0.6)
+        ax.plot(x["E_ufo"], y, "D", color=INK["ufo"], ms=5.5, label=f"after self-play ({end})")
     ax.set_yticks(y, [o["groups"][g] for g in order])
     ax.set_xlabel("share of all places, per cent")
-    mgu = [100 * row_of(results, s)[f"MGU@{k}"] for s in ("sft", end)]
+    rows = {r["stage"]: r for r in results["rows"]}
+    mgu = [100 * rows[s][f"MGU@{k}"] for s in ("sft", end)]
     ax.set_title(f"{results['config']['dataset']}: who is shown in the top {k}? MGU@{k} "
                  f"{mgu[0]:.2f} → {mgu[1]:.2f} per cent", loc="left", fontsize=11)
     ax.grid(axis="x", color="#e6e6e6", lw=0.7)
@@ -298,61 +300,75 @@ def draw_exposure(results, path):
     fig.savefig(path, dpi=150)
 
 
-def draw_tradeoff(found, path, group="genre"):
+def complete(found, measured):
+    """Of the cells of one `measured`, those that have all seeds (means of others are of other
+    runs): the methods with no options of their own, if there are any -> {cell: runs}.
+    """
+    grid = cells(found, measured) or {c: x for c, x in cells(found).items() if c[1] == measured}
+    most = max(map(len, grid.values()))
+    return {cell: runs for (cell, _), runs in grid.items() if len(runs) == most}
+
+
+def draw_tradeoff(found, path, measured=""):
     """MGU against HR, means over seeds, with the standard error of the difference to the seed's own
     SFT: the rounds of ufo as a line, the last round of every other method, and the group bias, as a
-    point. Of one grouping: MGU of another is another figure.
+    point. Of cells that are measured alike: MGU of other groups is another figure.
     """
-    grid, seeds = methods(found, group)
-    k = next(iter(found.values()))["config"]["topk"]
+    grid = complete(found, measured)
+    runs = next(iter(grid.values()))
+    k, seeds = next(iter(runs.values()))["config"]["topk"], len(runs)
     fig, ax = canvas(7.5, 5)
 
-    def place(row):
-        return np.array([100 * row[f"MGU@{k}"], row[f"HR@{k}"]])
-
-    def put(runs, find, name, color, marker, label_at=(6, 5)):
-        x, y = at = np.mean([place(find(r)) for r in runs], axis=0)
-        gain = np.array([place(find(r)) - place(row_of(r, "sft")) for r in runs])
-        dx, dy = gain.std(0, ddof=len(runs) > 1) / len(runs) ** 0.5
+    def put(runs, stage, name, color, marker, label_at=(6, 5)):
+        place = lambda rows: np.array([[100 * r[f"MGU@{k}"], r[f"HR@{k}"]] for r in rows])
+        rows = rows_of(runs, stage)
+        if len(rows) < seeds:
+            return None
+        at, sft = place(rows.values()), rows_of(runs, "sft")
+        x, y = at.mean(0)
+        dx, dy = (at - place(sft[s] for s in rows)).std(0, ddof=seeds > 1) / seeds ** 0.5
         ax.errorbar(x, y, dy, dx, fmt=marker, color=color, ms=7, lw=0.8, alpha=0.9)
-        ax.annotate(name, at, xytext=label_at, textcoords="offset points", fontsize=8.5,
+        ax.annotate(name, (x, y), xytext=label_at, textcoords="offset points", fontsize=8.5,
                     color=color)
-        return at
+        return x, y
+    start = put(runs, "sft", "SFT", INK["sft"], "o")
+    biased = [runs for runs in grid.values() if len(rows_of(runs, "sft+rerank")) == seeds]
+    if biased:
+        put(biased[0], "sft+rerank", "rerank", INK["history"], "s", (6, -12))
     for cell, runs in grid.items():
-        last = runs[0]["config"]["rounds"]
-        if cell == "ufo":
-            line = [put(runs, lambda r: row_of(r, "sft"), "SFT", INK["sft"], "o")]
-            line += [put(runs, lambda r: row_of(r, f"ufo-{t}"), f"ufo-{t}", INK["ufo"], "D",
-                         (6, -13)) for t in range(1, last + 1)]
-            ax.plot(*np.transpose(line), "-", color=INK["ufo"], lw=1.5, zorder=1)
-        else:
-            put(runs, lambda r: row_of(r, f"ufo-{last}" if last else None), cell,
-                INK["pretrained"], "s")
-        if runs[0]["config"]["rerank"] and last:
-            put(runs, lambda r: row_of(r, "sft+rerank"), "rerank", INK["history"], "s", (6, -12))
-            put(runs, reranked, f"{cell}, then rerank", INK["history"], "s")
-    ax.set_xlabel(f"MGU@{k} by {group}, per cent (left is fairer)")
+        rounds = next(iter(runs.values()))["config"]["rounds"]
+        if cell == "ufo" + measured:
+            ways = [put(runs, f"ufo-{t + 1}", f"ufo-{t + 1}", INK["ufo"], "D", (6, -13))
+                    for t in range(rounds)]
+            ax.plot(*np.transpose([start, *ways]), "-", color=INK["ufo"], lw=1.5, zorder=1)
+        elif rounds:
+            put(runs, last, cell.removesuffix(measured), INK["pretrained"], "s")
+        if rounds:
+            put(runs, reranked, f"{cell.removesuffix(measured)}, then rerank", INK["history"], "s")
+    ax.set_xlabel(f"MGU@{k}{measured.replace('+', ', ')}, per cent (left is fairer)")
     ax.set_ylabel(f"HR@{k} (up is better)")
     ax.set_title(f"Unfairness and accuracy on the test item, seeds: {seeds} (bars: standard error "
                  f"of the way from SFT)", loc="left", fontsize=10)
     fig.savefig(path, dpi=150)
 
 
-def draw_judger(found, path, group="genre"):
+def draw_judger(found, path, measured=""):
     """How often the judger tells a user's item from one that the opponent made up, by round; 1/2
     ends the game.
     """
     fig, ax = canvas(7.5, 3.6)
-    for cell, runs in methods(found, group)[0].items():
-        game = runs[0]["config"]
-        if game["rounds"] and game["loss"] != "sft" and game["negatives"] == "sampled":
+    for cell, runs in complete(found, measured).items():
+        runs = [x for x in runs.values() if x["config"]["negatives"] == "sampled"
+                and x["config"]["loss"] != "sft" and x["rounds"]]
+        if runs:
             mean = np.mean([[r["judger_accuracy"] for r in x["rounds"]] for x in runs], axis=0)
-            style = dict(color=INK["ufo"], zorder=3) if cell == "ufo" else {}
+            style = dict(color=INK["ufo"], zorder=3) if cell == "ufo" + measured else {}
             ax.plot(range(1, len(mean) + 1), mean, "o-", ms=5, label=cell, **style)
     ax.axhline(0.5, color=INK["history"], lw=0.8, ls=":")
     ax.set_xlabel("round")
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.legend(frameon=False, fontsize=9)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(frameon=False, fontsize=9)
     ax.set_title("The judger's accuracy (mean over a round's steps); 1/2 is the game's end",
                  loc="left", fontsize=11)
     fig.savefig(path, dpi=150)
@@ -363,16 +379,17 @@ def main(path):
     source = path / "results.json" if path.is_dir() else path
     try:
         found = json.loads(source.read_text())
-    except (OSError, ValueError) as e:
-        raise data.InputError(f"{source}: {getattr(e, 'strerror', None) or e}; name a run's folder "
-                              f"or a file of grid.py --save") from None
-    if "rows" in found:
-        return draw_exposure(found, path / "exposure.png")
-    print(table(found))
-    for group in sorted({x["config"]["group_by"] for x in found.values()}):
-        of = "" if group == "genre" else f"-{group}"
+        if "rows" in found:
+            return draw_exposure(found, source.with_name("exposure.png"))
+        text = table(found)
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as e:
+        raise data.InputError(f"{source}: {getattr(e, 'strerror', None) or repr(e)}; name a run's "
+                              f"folder or a file of grid.py --save") from None
+    print(text)
+    for measured in sorted({measured for _, measured in cells(found)}):
+        of = re.sub(r"\W+", "-", measured)
         for draw in (draw_tradeoff, draw_judger):
-            draw(found, path.with_name(f"{path.stem}-{draw.__name__[5:]}{of}.png"), group)
+            draw(found, path.with_name(f"{path.stem}-{draw.__name__[5:]}{of}.png"), measured)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,9 @@ def log_q(model, trie, prompt, items, over="trie"):
 
     A row is the document followed, for every branch, by the distinct trie nodes that its items'
     decisions need (`hang`). Titles that begin alike share those nodes; forced tokens after the last
-    decision are never computed.
+    decision are never computed. Where a row's decisions stand: columns 0 .. A - 1 are the branches'
+    roots, A .. A + Q - 1 the nodes hung on; `where` is the column of an item's step, `index` turns
+    (row, column) into a line of `step`.
     """
     (tokens, length), mode, N = prompt, trie.modes[over], trie.n_nodes
     (B, P), A, device = tokens.shape, length.shape[1], tokens.device
@@ -145,7 +147,9 @@ class Search:
 
     def _settle(self, rows, nodes, hidden, levels=1):
         """Given the hidden states (R,D) at decisions `nodes` (R,) of `rows` (R,), write down what
-        their children lead to. levels: how many of the decisions may stand one above the other.
+        their children lead to. levels: how many of the decisions may stand one above the other: a
+        child may be written before the decision above it is known, and each repeat carries what is
+        known one decision further down.
         """
         child, step = decide(self.model, self.trie, hidden, nodes, self.over)      # (R,C)
         to = torch.where(child >= 0, self.mode.end[child], self.trie.n_nodes)

@@ -1286,15 +1286,16 @@ def test_memory_is_counted_by_hand_and_the_bases_have_their_published_sizes(caps
              "Llama-2-7b-hf": 6738415616}
     models = {name.split("/")[1]: bench.without_weights(name) for name in bench.BASES}
     assert {k: sum(p.numel() for p in m.parameters()) for k, m in models.items()} == sizes
-    monkeypatch.setattr(bench, "BASES", {"a/small": (4, 32, 4, 2, 8, 64, 99, True)})
-    cfg = bench.Bench(n_titles=100, history=9, batch=2, device="cpu", memory=True)
+    monkeypatch.setattr(bench, "BASES", {"a/small": (4, 32, 4, 2, 8, 64, 8192, True)})
+    cfg = bench.Bench(n_titles=100, history=5, batch=2, device="cpu")
     row, = bench.memory(cfg, torch.device("cpu"), torch.float32)["memory"]
     # no outside figure to compare with, but a whole model of four blocks keeps what was foretold
-    world = bench.World(dataclasses.replace(cfg, vocab_size=8192), torch.device("cpu"),
-                        torch.float32, ModelConfig(8192, 32, 4, 4, 2, 8, 64))
-    windows, model = world.histories(2, 10), world.model.use("player")
-    held = bench.kept(model, lambda: bench.our_sft(model, world, windows)) * 8 / 2 ** 30
-    assert row["sft"] == pytest.approx(held, rel=1e-3)
+    cfg.vocab_size = 8192
+    world = bench.World(cfg, torch.device("cpu"), torch.float32,
+                        ModelConfig(8192, 32, 4, 4, 2, 8, 64))
+    windows, model = world.histories(2, 6), world.model.use("player")
+    held = bench.kept(model, lambda: bench.our_sft(model, world, windows)) / 2 ** 30
+    assert row["sft"] == pytest.approx(held, rel=1e-9)
     assert 0 < row["sft, recompute"] < row["sft"] < row["corrector"]
     assert "a/small" in capsys.readouterr().out
 
@@ -1461,12 +1462,17 @@ def test_figures_are_drawn(tmp_path):
     other = run | {"config": run["config"] | {"group_by": "popularity"}}
     found = {"ufo-0": run, "ufo-1": run, "ufo+gamma=0.1-0": run,
              "ufo+group_by=popularity+rerank=True-0": other}
-    assert report.methods(found) == ({"ufo": [run, run]}, 2)
-    assert report.methods(found, "popularity") == ({"ufo": [other]}, 1)
+    assert report.complete(found, "") == {"ufo": {"0": run, "1": run}}
+    assert report.complete(found, "+group_by=popularity") == {
+        "ufo+group_by=popularity": {"0": other}}
     report.save(found, tmp_path / "toy.json")
     report.main(tmp_path / "toy.json")
     assert sorted(p.name for p in tmp_path.glob("*.png")) == [
-        f"toy-{x}{of}.png" for x in ("judger", "tradeoff") for of in ("-popularity", "")]
+        f"toy-{x}{of}.png" for x in ("judger", "tradeoff") for of in ("-group_by-popularity", "")]
+    report.main(out / "results.json")
+    (tmp_path / "bench.json").write_text('{"sft": {"ratio": 2}, "hardware": {}}')
+    with pytest.raises(data.InputError, match="name a run's folder"):
+        report.main(tmp_path / "bench.json")
     with pytest.raises(data.InputError, match="name a run's folder"):
         report.main(tmp_path / "no.json")
 

@@ -354,7 +354,7 @@ class Run(machine.Resumable):
             lists = np.argsort(-biased, axis=1, kind="stable")[:, :cfg.topk]
             lists[~np.isfinite(np.take_along_axis(biased, lists, 1))] = -1    # seen, all of them
             self.record(f"{stage}+rerank", split, "trie", (user, history, target), lists,
-                        norm - scores[np.arange(len(user)), target])
+                        norm - scores[np.arange(len(user)), target])["bias"] = beta.tolist()
 
     # ------------------------------------------------------------------ the stages
 
