@@ -1,0 +1,121 @@
+"""Two trials reported in results/README.md that are no options of train.py.
+
+    python results/trials.py average --sft_from=DIR --out_dir=NEW     the player averaged over rounds
+    python results/trials.py unseen  --sft_from=DIR --out_dir=NEW     judged on every other user only
+
+DIR: the folder of a run, whose SFT the game begins from. Other options as for train.py.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+import judger
+import metrics
+import selfplay
+import train
+from config import configure, exit_code
+
+
+class Average(train.Run):
+    """Measures, after the last round, the means of the adapters that some rounds ended with."""
+
+    def game(self, E_pre):
+        k, ends = self.cfg.topk, []
+        for t in range(1, self.cfg.rounds + 1):
+            self.round(t, E_pre)
+            ends.append(self.policies.tuned.adapter_state("player"))
+        for first, last in {(1, self.cfg.rounds), (self.cfg.rounds - 1, self.cfg.rounds)}:
+            mean = [sum(p) / len(p) for p in zip(*ends[first - 1:last])]
+            self.policies.tuned.load_adapter("player", mean)
+            for split in ("val", "test"):
+                row = self.measure("player", split, stage=f"mean {first}-{last}")
+                print(f"{row['stage']} {split}, less SFT:", *(
+                    f"{m} {x[0]:+.4f} [{x[1]:+.4f}, {x[2]:+.4f}]"
+                    for m, x in row["less_sft"].items() if m != f"DGU@{k}"))
+
+
+class Unseen(train.Run):
+    """The controller, and the bias of re-ranking, see the validation lists of every other user;
+    fairness on test is told of these users and of the others.
+    """
+
+    def half(self, row, odd):
+        """-> users, histories shown, lists and targets of the even or the odd users."""
+        user, history, target = self.cases[row["split"]]
+        at = np.flatnonzero(user % 2 == odd)
+        shown = self.shown(history)
+        return user[at], [shown[n] for n in at], np.array(row["lists"])[at], target[at]
+
+    def seen(self, row):
+        """A row with the exposures of the even users alone."""
+        _, shown, lists, _ = self.half(row, False)
+        E_star, E = (metrics.exposure(*metrics.group_sums(self.ds.credit, x)).tolist()
+                     for x in (shown, lists))
+        return row | {"E_star": E_star, "E": E}
+
+    def judge(self, t, E_pre):
+        key = train.key_of(f"ufo-{t - 1}" if t > 1 else "sft", "val")
+        whole = self.state["measured"][key]
+        self.state["measured"][key] = self.seen(whole)
+        try:
+            return super().judge(t, E_pre)
+        finally:
+            self.state["measured"][key] = whole
+
+    def tell(self, name, row):
+        sft = self.measure("sft", "test")
+        for who, odd in (("seen", False), ("unseen", True)):
+            user, shown, lists, target = self.half(row, odd)
+            less = metrics.difference(self.ds.credit, user, shown, lists, self.half(sft, odd)[2],
+                                      target)
+            mgu = metrics.report(self.ds.credit, user, shown, lists, target, np.zeros(len(user)))
+            k = f"MGU@{self.cfg.topk}"
+            print(f"{name:>8} {who:>6}: {k} {mgu[k]:.4f} (floor {mgu['MGU_floor']:.4f}), less SFT "
+                  + ", ".join(f"{m} {x[0]:+.4f} [{x[1]:+.4f}, {x[2]:+.4f}]"
+                              for m, x in less.items()), flush=True)
+
+    @torch.no_grad()
+    def reranked(self):
+        """SFT's test lists under a bias fitted on the even users' validation lists."""
+        model, everything = self.policies("sft").eval(), torch.arange(len(self.ds.titles))
+        for split in ("val", "test"):
+            user, history, _ = self.cases[split]
+            scores = np.concatenate([selfplay.Search(
+                model, self.catalog.trie, self.catalog.prompts([h], self.device)).score(
+                everything.to(self.device)[None]).cpu().double().numpy() for h in history])
+            for n, h in enumerate(history):
+                scores[n, h] = -np.inf
+            if split == "val":
+                E_star = np.array(self.seen(self.measure("sft", "val"))["E_star"])
+                bias = judger.fit_bias(scores[user % 2 == 0], self.ds.credit, E_star, self.cfg.topk)
+        lists = np.argsort(-(scores + self.ds.credit @ bias), axis=1, kind="stable")
+        return {"split": "test", "lists": lists[:, :self.cfg.topk]}
+
+    def game(self, E_pre):
+        self.tell("SFT", self.measure("sft", "test"))
+        self.tell("rerank", self.reranked())
+        for t in range(1, self.cfg.rounds + 1):
+            self.round(t, E_pre)
+            self.tell(f"ufo-{t}", self.measure("player", "test", stage=f"ufo-{t}"))
+
+
+TRIALS = {"average": Average, "unseen": Unseen}
+
+
+def main(trial="", *argv):
+    if trial not in TRIALS:
+        raise data.InputError(f"{trial!r}: the trials are {' and '.join(TRIALS)}")
+    run = TRIALS[trial](configure(argv))
+    with run.working():
+        for split in ("val", "test"):
+            run.measure("sft", split)
+        run.game(np.array(run.measure("pretrained", "val")["E"]))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(lambda: main(*sys.argv[1:])))
