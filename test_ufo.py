@@ -1411,6 +1411,7 @@ def test_grid_goes_on_where_it_was_and_makes_the_table(tmp_path, capsys, monkeyp
     assert len(report.table(found).splitlines()) == 8
     for bad, why in (("--methods=uffo", "did you mean ufo"), ("--seeds=a", "whole numbers"),
                      ("--seed=1", "has --methods, --seeds"), ("--methods=ufo+seed=1", "cell's own"),
+                     ("--methods=ufo+sft_iters=9", "give it to all"),
                      ("--methods=ufo+gama=1", "did you mean gamma"),
                      ("--topk=5", "topk was 10")):
         assert grid.cli([bad, f"--grid_dir={tmp_path}"]) == 2
@@ -1491,6 +1492,23 @@ def test_a_table_says_where_sft_was_kept_and_prints_whole_numbers():
     assert [x[2] for x in cells[2:]] == ["2", "2, SFT in 1", "2"]
     assert cells[2][8] == "10.0000 ± .0000" and cells[4][3] == "1.2500 ± .0000"
     assert cells[4][9] == "+.2500 ± .0000 [-1.5000, +10.5000]"
+    # the same cell re-ranked in one seed alone: no seed twice, a row of what there is
+    more = found["spin-0"] | {"config": config | {"rerank": True}, "rows": [
+        row(stage, 2.0) | {"less_rerank": row("", 1.5)["less_sft"]}
+        for stage in ("sft", "ufo-1", "sft+rerank", "ufo-1+rerank")]}
+    other = more | {"config": more["config"] | {"target": "equal"}}
+    lines = report.table(found | {"spin+rerank=True-0": more,
+                                  "dpo+target=equal+rerank=True-0": other}).splitlines()
+    cells = [[c.strip() for c in x.split("|")] for x in lines if x.startswith("|")][2:]
+    assert [x[1:4] for x in cells] == [
+        ["sft+target=equal", "1", "2.0000"], ["sft", "2", "1.5000 ± .7071"],
+        ["rerank+target=equal", "1", "2.0000"], ["rerank", "1", "2.0000"],
+        ["dpo+target=equal", "1, SFT in 1", "2.0000"],
+        ["dpo+target=equal, last round", "1", "2.0000"],
+        ["dpo+target=equal, then rerank", "1", "2.0000"],
+        ["spin", "2, SFT in 1", "1.6250 ± .5303"], ["spin, last round", "2", "1.6250 ± .5303"],
+        ["spin, then rerank", "1", "2.0000"]]
+    assert lines[-1].startswith("spin, last round, less rerank: HR@10 +.5000 [-1.5000, +10.5000]")
     assert report.kept("sft", 3) == "ufo-3" and report.kept("sft", 0) == "sft"
     assert report.kept("ufo-1", 3) == "ufo-1"
 
