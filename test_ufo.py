@@ -19,6 +19,7 @@ import data
 import judger
 import machine
 import metrics
+import recommend
 import report
 import selfplay
 import train
@@ -1046,7 +1047,6 @@ def test_toy_end_to_end_and_bitwise_again(tmp_path, capsys):
     again = run.measure("sft", "val")
     assert all(again[k] == looks["sft"][k] for k in ("E", "log_loss", "HR@10", "ci", "less_sft"))
     # and what it learned can be asked
-    import recommend
     titles = data.load_dataset("toy", max_users=60).titles
     ask = [f"--out_dir={tmp_path / 'a'}", titles[3].upper(), f"  {titles[70].lower()}!"]
     capsys.readouterr()
@@ -1364,6 +1364,136 @@ def test_out_of_memory_and_disk_errors_are_one_line(monkeypatch, capsys):
         assert train.cli([]) == 2
         said = capsys.readouterr().err
         assert want in said and said.count("\n") == 1
+
+
+# ---------------------------------------------------------------------- a GPU, pretended
+
+class OnGPU(torch.Tensor):
+    """A tensor that says it is on cuda:0, and is computed on the CPU (`inner`). To torch's own C++
+    it is on the device "meta", which has no numbers: nothing but `on_its_device` can compute it.
+    """
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(),
+            dtype=inner.dtype, device="meta", requires_grad=inner.requires_grad)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    device = property(lambda self: torch.device("cuda", 0))
+    is_meta = property(lambda self: False)
+    data = property(lambda self: torch.Tensor.data.__get__(self),
+                    lambda self, x: (torch.Tensor.data.__set__(self, x),
+                                     setattr(self, "inner", x.inner)))
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+    def new_tensor(self, x):
+        return torch.tensor(x, dtype=self.dtype, device="cuda")
+
+    def __format__(self, form):
+        return format(self.item(), form)
+
+    def __reduce_ex__(self, protocol):          # torch.save keeps numbers, map_location finds them
+        return self.inner.__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), options=None):
+        return on_its_device(op, args, options or {})
+
+
+def on_its_device(op, args, options):
+    """Run an operation where its tensors are; one that finds them on both devices raises, as CUDA
+    would. Indices may come from the CPU, and so may single numbers.
+    """
+    aten = torch.ops.aten
+    tensors = torch.utils._pytree.tree_leaves((args, options))
+    tensors = [x for x in tensors if isinstance(x, torch.Tensor)]
+    here = [isinstance(x, OnGPU) for x in tensors]
+    if op.overloadpacket in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
+        tensors = [x for x in (args[0], *args[2:3]) if isinstance(x, torch.Tensor)]
+    strangers = [tuple(x.shape) for x in tensors if not isinstance(x, OnGPU) and x.dim()]
+    if any(here) and strangers and op.overloadpacket not in (aten._to_copy, aten.copy_):
+        raise RuntimeError(f"{op}: some tensors are on cuda:0, but on the CPU are {strangers}")
+    goes_to = torch.device(options.get("device") or ("cuda" if any(here) else "cpu")).type
+    if options.get("device") is not None:
+        options = options | {"device": torch.device("cpu")}
+    bare = torch.utils._pytree.tree_map_only(OnGPU, lambda x: x.inner, (args, options))
+    out = op(*bare[0], **bare[1])
+    if op.overloadpacket is aten.copy_:
+        return args[0]
+    if goes_to == "cpu" or not any(here) and tensors and "device" not in options:
+        return out
+    out = torch.utils._pytree.tree_map_only(torch.Tensor, OnGPU, out)
+    return torch.utils._python_dispatch.return_and_correct_aliasing(op, args, options, out) \
+        if any(here) else out
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """torch as if a GPU with bfloat16 were here: slow, and its numbers are the CPU's."""
+    class Everywhere(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), options=None):
+            return on_its_device(op, args, options or {})
+
+    class Generator(torch.Generator):
+        def __new__(cls, device="cpu"):
+            return super().__new__(cls)
+    cuda = dict(_lazy_init=None, is_available=True, get_device_name="a pretended GPU",
+                get_device_capability=(8, 0), max_memory_allocated=0, synchronize=None,
+                get_rng_state=torch.zeros(8, dtype=torch.uint8), set_rng_state=None)
+    for name, answer in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(torch, "Generator", Generator)
+    # what this torch, built without CUDA, would refuse before it comes to `on_its_device`
+    named = lambda d: torch.device("cuda", 0) if str(d) == "cuda" else d
+    to, where = torch.Tensor.to, torch.where
+
+    def made(own):
+        return lambda x, dtype=None, device="cpu": own(x, dtype=dtype).to(device)
+
+    def chosen(c, *xs):
+        return where(c, *(x if isinstance(x, torch.Tensor) else torch.full((), x, device=c.device)
+                          for x in xs))
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **k: to(
+        x, *map(named, a), **{key: named(v) for key, v in k.items()}))
+    monkeypatch.setattr(torch, "tensor", made(torch.tensor))
+    monkeypatch.setattr(torch, "as_tensor", made(torch.as_tensor))
+    monkeypatch.setattr(torch, "where", chosen)
+    monkeypatch.setattr(torch.Tensor, "where", lambda x, c, other: chosen(c, x, other))
+    with Everywhere():
+        yield
+
+
+def test_a_pretended_gpu_refuses_what_cuda_would(pretended_gpu):
+    x = torch.arange(3., device="cuda")
+    assert (x.device.type, x.cpu().device.type) == ("cuda", "cpu")
+    assert (x * 2)[torch.tensor([2, 0])].tolist() == [4, 0]
+    for mixed in (lambda: x + torch.ones(3), lambda: torch.cat([x, torch.ones(1)]),
+                  lambda: x.gather(0, torch.tensor([1]))):
+        with pytest.raises(RuntimeError, match="cuda:0"):
+            mixed()
+
+
+@pytest.mark.parametrize("options", [[], ["--method=ufo-mix", "--search=best-first"],
+                                     ["--sft_full=True", "--dropout=.1", "--recompute=True"]])
+def test_nothing_of_a_run_is_left_behind_on_the_cpu(tmp_path, pretended_gpu, capsys, monkeypatch,
+                                                    options):
+    tiny = ["--max_users=40", "--eval_users=12", "--vocab_users=4", "--pretrain_iters=2",
+            "--sft_iters=3", "--eval_every=2", "--rounds=2", "--round_iters=2", "--branches=2",
+            "--num_negatives=2", "--batch_size=4", "--rerank=True", "--compile=False",
+            "--save_every=0"]
+    with monkeypatch.context() as m:
+        m.setattr(train.Run, "correct", lambda run, *_: setattr(run, "stop", True) or run.breathe())
+        assert train.cli([f"--out_dir={tmp_path}", *tiny, *options]) == 130
+    assert train.cli([f"--out_dir={tmp_path}", "--resume"]) == 0
+    out = capsys.readouterr().out
+    assert "a pretended GPU" in out and "ufo-2" in out
+    assert recommend.main([f"--out_dir={tmp_path}", "--user=0"]) is None
+    assert "share of" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"ufo"}))
