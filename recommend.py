@@ -23,7 +23,6 @@ import torch
 
 import data
 import metrics
-import selfplay
 from config import check, exit_code, parse
 from train import trained
 
@@ -71,11 +70,9 @@ def recommend(run, history, k):
     """history: items, oldest first -> {"pretrained" | "sft" | "ufo": ([items], [probabilities])},
     what was seen left out.
     """
-    prompt, lists = run.catalog.prompts([history], run.device), {}
-    seen = torch.zeros(1, len(run.ds.titles), dtype=torch.bool, device=run.device)
-    seen[0, history] = True
+    lists = {}
     for name, policy in POLICIES.items():
-        search = selfplay.Search(run.policies(policy).eval(), run.catalog.trie, prompt)
+        search, seen = run.search(policy, [history])
         items, logq, _ = search.top_k(k, seen, run.search_width(1))
         kept = items[0] >= 0
         lists[name] = items[0][kept].tolist(), logq[0][kept].exp().tolist()

@@ -4,7 +4,6 @@ hand.
     python -m pytest -q
 """
 
-import dataclasses
 import json
 import math
 import zipfile

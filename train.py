@@ -251,6 +251,16 @@ class Run(machine.Resumable):
                              f"anew")
         return value
 
+    def search(self, policy, history, over="trie"):
+        """-> a Search under the prompts that a policy gets of B histories, and what they have seen
+        already, (B, I) bool.
+        """
+        prompt = self.catalog.prompts(history, self.device)
+        seen = torch.zeros(len(history), len(self.ds.titles), dtype=torch.bool, device=self.device)
+        for row, h in zip(seen, history):
+            row[h] = True
+        return selfplay.Search(self.policies(policy).eval(), self.catalog.trie, prompt, over), seen
+
     @torch.no_grad()
     def measure(self, policy, split, over="trie", stage=None, most=0):
         """Top-K lists and log-loss of a policy on the cases of a split -> metrics.report's dict,
@@ -261,7 +271,6 @@ class Run(machine.Resumable):
         if (key := key_of(stage, split, over)) in self.state["measured"]:
             return self.state["measured"][key]
         user, history, target = spaced(self.cases[split], most)
-        model = self.policies(policy).eval()
         # like lengths together, the longest first
         size = [self.catalog.lengths[h].sum() for h in self.shown(history)]
         order = np.argsort(size, kind="stable")[::-1]
@@ -270,14 +279,9 @@ class Run(machine.Resumable):
                       disable=None):
             self.breathe()
             b = order[i:i + cfg.eval_batch]
-            search = selfplay.Search(model, self.catalog.trie,
-                                     self.catalog.prompts([history[n] for n in b], self.device),
-                                     over)
+            search, seen = self.search(policy, [history[n] for n in b], over)
             items = torch.as_tensor(target[b], device=self.device)[:, None]
             log_loss[b] = -search.score(items)[:, 0].cpu().double().numpy()
-            seen = torch.zeros(len(b), len(self.ds.titles), dtype=torch.bool, device=self.device)
-            for row, n in enumerate(b):
-                seen[row, history[n]] = True
             items, _, n_run = search.top_k(cfg.topk, seen, self.search_width(len(b)))
             lists[b], run = items.cpu().numpy(), run + int(n_run.sum())
         return self.record(stage, split, over, (user, history, target), lists, log_loss,
@@ -330,21 +334,17 @@ class Run(machine.Resumable):
         cfg, A, beta = self.cfg, self.ds.credit, None
         if key_of(f"{stage}+rerank", "test") in self.state["measured"]:
             return
-        model = self.policies(policy).eval()
         everything = torch.arange(len(self.ds.titles), device=self.device)
         for split in ("val", "test"):
             user, history, target = self.cases[split]
-            scores = np.empty((len(user), len(everything)))
+            scores, biased = np.empty((2, len(user), len(everything)))
             for i in tqdm(range(0, len(user), cfg.eval_batch), f"{stage}+rerank {split}",
                           leave=False, disable=None):
                 self.breathe()
-                prompt = self.catalog.prompts(history[i:i + cfg.eval_batch], self.device)
-                search = selfplay.Search(model, self.catalog.trie, prompt)
-                scores[i:i + cfg.eval_batch] = search.score(everything.expand(
-                    len(prompt[0]), -1)).cpu().double().numpy()
-            biased = scores.copy()
-            for n, h in enumerate(history):
-                biased[n, h] = -np.inf
+                b = slice(i, i + cfg.eval_batch)
+                search, seen = self.search(policy, history[b])
+                scores[b] = search.score(everything.expand(len(seen), -1)).cpu().double().numpy()
+                biased[b] = np.where(seen.cpu(), -np.inf, scores[b])
             if beta is None:
                 row = self.state["measured"][key_of(stage, "val")]
                 beta = judger.fit_bias(biased, A, np.array(row["E_star"]), cfg.topk)

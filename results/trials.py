@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import judger
 import metrics
-import selfplay
 import train
 from config import configure, exit_code
 
@@ -82,14 +81,12 @@ class Unseen(train.Run):
     @torch.no_grad()
     def reranked(self):
         """SFT's test lists under a bias fitted on the even users' validation lists."""
-        model, everything = self.policies("sft").eval(), torch.arange(len(self.ds.titles))
+        everything = torch.arange(len(self.ds.titles), device=self.device)[None]
         for split in ("val", "test"):
             user, history, _ = self.cases[split]
-            scores = np.concatenate([selfplay.Search(
-                model, self.catalog.trie, self.catalog.prompts([h], self.device)).score(
-                everything.to(self.device)[None]).cpu().double().numpy() for h in history])
-            for n, h in enumerate(history):
-                scores[n, h] = -np.inf
+            asked = (self.search("sft", [h]) for h in history)
+            scores = np.concatenate([np.where(seen.cpu(), -np.inf, search.score(everything)
+                                              .cpu().double()) for search, seen in asked])
             if split == "val":
                 E_star = np.array(self.seen(self.measure("sft", "val"))["E_star"])
                 bias = judger.fit_bias(scores[user % 2 == 0], self.ds.credit, E_star, self.cfg.topk)
