@@ -72,7 +72,7 @@ class Config:
     loss: str = "logistic"          # the corrector's, (9) | yours (corrector.LOSSES)
     rounds: int = 4                 # T
     round_iters: int = 150          # corrector steps a round, on as many fresh batches
-    lr: float = 2e-4                # of the corrector
+    lr: float = 5e-5                # of the corrector
     branches: int = 8               # places in each window at which the game is played
     num_negatives: int = 16         # S, items the opponent makes up at each place
     temperature: float = 1.0        # tau of the opponent's sampling
@@ -125,8 +125,8 @@ AT_LEAST = dict(
     round_iters=1, branches=1, num_negatives=1, gamma=0, alpha=0)
 
 
-# options that do not change a result: where it is kept, and how safely
-PLACES = ("out_dir", "data_dir", "resume", "sft_from", "save_every")
+# options that do not change a result: where it is kept, how safely, and in how much memory
+PLACES = ("out_dir", "data_dir", "resume", "sft_from", "save_every", "recompute")
 # those that --sft_from leaves free: what is measured, and the game
 MEASURED = ("group_by", "target", "eval_users")
 GAME = tuple(itertools.dropwhile(lambda k: k != "method", Config.__dataclass_fields__))
@@ -234,7 +234,8 @@ def exit_code(work):
     except (data.InputError, torch.OutOfMemoryError, OSError) as e:
         why = str(e).splitlines()[0]
         if isinstance(e, torch.OutOfMemoryError):
-            why += " Lower --batch_size (training) or --eval_batch (search and play)"
+            why += (" Lower --batch_size (training) or --eval_batch (search and play), or go on "
+                    "with --resume --recompute=True")
         elif isinstance(e, OSError):
             why = f"{e.filename}: {e.strerror}" if e.filename else e.strerror or why
         print(f"error: {why}", file=sys.stderr)

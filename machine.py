@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -50,9 +51,21 @@ def choose_device(cfg):
             dtype, reason = "bfloat16", "the GPU computes in it"
         else:
             dtype, reason = "float16", "the GPU has no bfloat16; gradients are scaled"
+    if name == "cuda":
+        # its backward pass under a mask can be NaN (pytorch issue 196678), and it plans every new
+        # shape anew; the flash and memory-efficient kernels do neither
+        torch.backends.cuda.enable_cudnn_sdp(False)
     card = torch.cuda.get_device_name() if name == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"device {name} ({why}; {card}), {dtype} ({reason}), adapters and optimizer in float32")
     return torch.device(name), getattr(torch, dtype)
+
+
+def has_compiler():
+    """Whether the C compiler is there that torch.compile builds its launchers with; says if not."""
+    found = any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang")))
+    if not found:
+        print("! no C compiler: nothing is compiled; install gcc for a faster run")
+    return found
 
 
 def matmul_peak(device, dtype):
@@ -185,7 +198,8 @@ class Resumable:
         """torch's random state, the log and the clock as they were when `checkpoint` was saved."""
         torch.set_rng_state(checkpoint["rng"])
         if self.device.type == "cuda":
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+            if "cuda_rng" in checkpoint:            # not, if it was begun on a CPU
+                torch.cuda.set_rng_state(checkpoint["cuda_rng"])
         self.log_file.truncate(min(checkpoint["log_size"], self.log_file.seek(0, os.SEEK_END)))
         self.log_file.seek(0, os.SEEK_END)
         self.start = time.time() - 60 * self.state["minutes"]

@@ -143,7 +143,11 @@ class Block(nn.Module):
         if kv is not None:
             k, v = kv.append(k, v)
         if mask is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            # of a card's kernels only flash takes grouped heads; cards without bfloat16 lack it
+            if q.is_cuda and q.dtype != torch.bfloat16:
+                k, v = (z.repeat_interleave(c.n_heads // c.n_kv_heads, 1) for z in (k, v))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                               enable_gqa=k.shape[1] < c.n_heads)
         else:
             # no fused kernel takes both a mask and grouped heads: the H/K query heads of a
             # key/value head become H/K times as many queries (`Model.forward` made the mask so)

@@ -242,7 +242,7 @@ class Search:
             done = self.expanded[self.rows[:, None], decisions]
             open_ = self.logp[self.rows[:, None], decisions].masked_fill(done, NEG)
             bound, which = open_.topk(min(int(width), len(decisions)), 1)
-            width *= 1.5
+            width = min(1.5 * width, 64)        # (B, 64) decisions, each with a row of logits
             want = bound > kth
             busy = want.view(len(self.docs), -1).any(1)
             if not busy.any():

@@ -74,7 +74,8 @@ class Run(machine.Resumable):
         self.cfg, self.start = cfg, time.time()
         self.device, self.dtype = machine.choose_device(cfg)
         on_gpu = self.device.type == "cuda"
-        self.compile = cfg.compile == "True" or (cfg.compile == "auto" and on_gpu)
+        self.compile = cfg.compile == "True" or (cfg.compile == "auto" and on_gpu
+                                                 and machine.has_compiler())
         self.multiple = 8 if on_gpu else 1                 # rows are padded to a multiple of it
         torch.manual_seed(cfg.seed)
         self.ds = ds = data.load_dataset(cfg.dataset, cfg.data_dir, cfg.group_by, cfg.holdout,
@@ -125,7 +126,8 @@ class Run(machine.Resumable):
         self.load_weights(checkpoint)
         if own:
             self.opt.load_state_dict(checkpoint["optimizer"])
-            self.scaler.load_state_dict(checkpoint["scaler"])
+            if checkpoint["scaler"]:                # none, if it was begun without float16
+                self.scaler.load_state_dict(checkpoint["scaler"])
         elif any(checkpoint["config"][k] != getattr(self.cfg, k) for k in MEASURED):
             self.state |= {"measured": {}, "log_v": fresh["log_v"]}
         self.go_on(checkpoint)
@@ -220,13 +222,16 @@ class Run(machine.Resumable):
             [self.ds.train(u) for u in users], cfg.sft_window, cfg.batch_size, self.catalog.lengths,
             np.random.default_rng([cfg.seed, what])), start, None)
 
-    def search_width(self, rows):
+    def search_width(self, rows, over="trie"):
         """How many prefixes `Search.top_k` runs at a time: 8, about a quarter of what a user takes.
         0: the whole catalog in one pass, which a GPU does sooner than it waits for several, as long
-        as the pass is small (65,536 decisions; an estimate).
+        as the pass is small (16,384 decisions; an estimate). Over the vocabulary, where every node
+        is a decision and has a row of all its logits, one pass would fill any card.
         """
+        if over == "vocab":
+            return 8
         nodes = int(self.catalog.trie.modes["trie"].decision.sum())
-        one_pass = self.device.type == "cuda" and rows * nodes <= 2 ** 16
+        one_pass = self.device.type == "cuda" and rows * nodes <= 2 ** 14
         return 0 if self.cfg.search == "catalog" or (self.cfg.search == "auto" and one_pass) else 8
 
     # ----------------------------------------------------------- one optimizer step, one evaluation
@@ -235,20 +240,20 @@ class Run(machine.Resumable):
         """Backward, clip to norm 1, update -> the loss, a number. With float16 the scaler leaves a
         step out when a gradient overflows; those are counted.
         """
-        scale = self.scaler.get_scale()
+        scale, scaled = self.scaler.get_scale(), self.scaler.is_enabled()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.opt)
-        torch.nn.utils.clip_grad_norm_(self.params, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.params, 1.0)
+        value, norm = torch.stack([loss.detach(), norm]).tolist()   # the step waits for a GPU here
+        if not math.isfinite(value) or not (scaled or math.isfinite(norm)):
+            raise SystemExit(f"stopped: the loss is {value}, its gradient's norm {norm} in "
+                             f"{self.where()}; the last checkpoint in {self.out} is from before "
+                             f"it: lower the learning rate and start anew")
         self.scaler.step(self.opt)
         self.scaler.update()
         self.opt.zero_grad(set_to_none=True)
-        if self.scaler.is_enabled() and self.scaler.get_scale() < scale:
+        if scaled and self.scaler.get_scale() < scale:
             self.state["skipped"] += 1
-        value = loss.item()                # the one wait for the GPU in a step
-        if not math.isfinite(value):
-            raise SystemExit(f"stopped: the loss is {value} in {self.where()}; the last checkpoint "
-                             f"in {self.out} is from before it: lower the learning rate and start "
-                             f"anew")
         return value
 
     def search(self, policy, history, over="trie"):
@@ -282,8 +287,11 @@ class Run(machine.Resumable):
             search, seen = self.search(policy, [history[n] for n in b], over)
             items = torch.as_tensor(target[b], device=self.device)[:, None]
             log_loss[b] = -search.score(items)[:, 0].cpu().double().numpy()
-            items, _, n_run = search.top_k(cfg.topk, seen, self.search_width(len(b)))
+            items, _, n_run = search.top_k(cfg.topk, seen, self.search_width(len(b), over))
             lists[b], run = items.cpu().numpy(), run + int(n_run.sum())
+        if np.isnan(log_loss).any():
+            raise data.InputError(f"{stage}: log q is not a number in {str(self.dtype)[6:]}; use "
+                                  f"--dtype=float32")
         return self.record(stage, split, over, (user, history, target), lists, log_loss,
                            run / len(user), time.time() - t0)
 
