@@ -1208,6 +1208,10 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     run = train.Run(train.configure([*SMALL, f"--out_dir={tmp_path}"]))
     with pytest.raises(SystemExit, match="pretrain, step 0"):
         run.step(sum(p.sum() for p in run.params) * float("nan"))
+    before = run.params[0].detach().clone()             # the loss is 0, its gradient 0 / 0
+    with pytest.raises(SystemExit, match="gradient's norm nan"):
+        run.step(((run.params[0] * 0) ** 2).sum().sqrt())
+    assert torch.equal(run.params[0], before)
 
 
 def test_sft_and_the_game_learn(tmp_path):
@@ -1493,6 +1497,18 @@ def test_nothing_of_a_run_is_left_behind_on_the_cpu(tmp_path, pretended_gpu, cap
     assert "a pretended GPU" in out and "ufo-2" in out
     assert recommend.main([f"--out_dir={tmp_path}", "--user=0"]) is None
     assert "share of" in capsys.readouterr().out
+    run = train.trained(tmp_path)
+    one_pass = [] if "--search=best-first" in options else [0]
+    assert [run.search_width(n, over) for n, over in ((1, "trie"), (10 ** 6, "trie"), (1, "vocab"))
+            ] == [*one_pass, *[8] * (3 - len(one_pass))]
+
+
+def test_a_cpus_run_goes_on_on_a_pretended_gpu(tmp_path, request, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(train.Run, "correct", lambda run, *_: setattr(run, "stop", True) or run.breathe())
+        assert train.cli([*SMALL, "--compile=False", f"--out_dir={tmp_path}"]) == 130
+    request.getfixturevalue("pretended_gpu")
+    assert train.cli([f"--out_dir={tmp_path}", "--resume", "--recompute=True"]) == 0
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"ufo"}))
