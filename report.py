@@ -151,8 +151,8 @@ def finish(run, end):
         path.unlink()
     print(f"by validation, {chosen} is the one to choose; model.pt holds SFT"
           f"{f' and {end}' if end != 'sft' else ''}")
-    print(f"{k} of {end}: {stages[end][k] / stages['sft'][k] - 1:+.0%} against SFT; {run.minutes():.1f} "
-          f"minutes in all, at most {memory:.1f} GiB, {graphs} compiled graphs, "
+    print(f"{k} of {end}: {stages[end][k] / stages['sft'][k] - 1:+.0%} against SFT; "
+          f"{run.minutes():.1f} minutes in all, at most {memory:.1f} GiB, {graphs} compiled graphs, "
           f"{run.state['skipped']} steps left out for overflow; results in {run.out}/results.json")
 
 

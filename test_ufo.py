@@ -1385,7 +1385,7 @@ class OnGPU(torch.Tensor):
         self.inner = inner
 
     device = property(lambda self: torch.device("cuda", 0))
-    is_meta = property(lambda self: False)
+    is_meta, is_cuda = property(lambda self: False), property(lambda self: True)
     data = property(lambda self: torch.Tensor.data.__get__(self),
                     lambda self, x: (torch.Tensor.data.__set__(self, x),
                                      setattr(self, "inner", x.inner)))
@@ -1482,7 +1482,8 @@ def test_a_pretended_gpu_refuses_what_cuda_would(pretended_gpu):
 
 
 @pytest.mark.parametrize("options", [[], ["--method=ufo-mix", "--search=best-first"],
-                                     ["--sft_full=True", "--dropout=.1", "--recompute=True"]])
+                                     ["--sft_full=True", "--dropout=.1", "--recompute=True",
+                                      "--dtype=float32"]])
 def test_nothing_of_a_run_is_left_behind_on_the_cpu(tmp_path, pretended_gpu, capsys, monkeypatch,
                                                     options):
     tiny = ["--max_users=40", "--eval_users=12", "--vocab_users=4", "--pretrain_iters=2",
