@@ -6,8 +6,11 @@ hand.
 
 import json
 import math
+import os
 import zipfile
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # as train.py does, and why
 
 import numpy as np
 import pytest
@@ -1081,7 +1084,6 @@ def test_titles_are_found_kindly():
 
 
 def train_py(*args):
-    import os
     import subprocess
     import sys
     return subprocess.Popen([sys.executable, "train.py", *args], stdout=subprocess.PIPE, text=True,

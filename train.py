@@ -11,9 +11,14 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
+
+# before torch is loaded: a CPU's threads that wait for each other soon sleep, or one other busy
+# program would slow a run tenfold
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch

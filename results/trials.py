@@ -1,7 +1,9 @@
-"""Two trials reported in results/README.md that are no options of train.py.
+"""Trials reported in results/README.md that are no options of train.py.
 
     python results/trials.py average --sft_from=DIR --out_dir=NEW     the player averaged over rounds
     python results/trials.py unseen  --sft_from=DIR --out_dir=NEW     judged on every other user only
+    ... --loss=hard                                   more weight on what the judger gets wrong
+    ... --loss=pairs                                  every made-up item a pair of its own
 
 DIR: the folder of a run, whose SFT the game begins from. Other options as for train.py.
 """
@@ -11,13 +13,31 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import corrector
 import data
 import judger
 import metrics
 import train
 from config import configure, exit_code
+
+
+def hard(f, weights):
+    """(9) with each place's weight times the chance that the judger takes one of the made-up items
+    for the user's: a focal loss (1708.02002, exponent 1). A round begins with all chances equal.
+    """
+    wrong = torch.sigmoid(torch.logsumexp(f[:, 1:] - f[:, :1], 1)).detach()
+    return corrector.loss(f, weights * wrong)
+
+
+def pairs(f, weights):
+    """(9) without the sum over made-up items inside the logistic: each of them tells as much."""
+    return (weights / weights.mean() * F.softplus(f[:, 1:] - f[:, :1]).mean(1)).mean()
+
+
+corrector.LOSSES |= {"hard": hard, "pairs": pairs}
 
 
 class Average(train.Run):
