@@ -41,21 +41,21 @@ corrector.LOSSES |= {"hard": hard, "pairs": pairs}
 
 
 class Average(train.Run):
-    """Measures, after the last round, the means of the adapters that some rounds ended with."""
+    """Measures the last round, and the means of the adapters that several rounds ended with."""
 
     def game(self, E_pre):
-        k, ends = self.cfg.topk, []
-        for t in range(1, self.cfg.rounds + 1):
+        T, ends = self.cfg.rounds, []
+        for t in range(1, T + 1):
             self.round(t, E_pre)
             ends.append(self.policies.tuned.adapter_state("player"))
-        for first, last in {(1, self.cfg.rounds), (self.cfg.rounds - 1, self.cfg.rounds)}:
+        for first, last in dict.fromkeys(((T, T), (1, T), (max(1, T - 1), T))):
             mean = [sum(p) / len(p) for p in zip(*ends[first - 1:last])]
             self.policies.tuned.load_adapter("player", mean)
             for split in ("val", "test"):
                 row = self.measure("player", split, stage=f"mean {first}-{last}")
                 print(f"{row['stage']} {split}, less SFT:", *(
                     f"{m} {x[0]:+.4f} [{x[1]:+.4f}, {x[2]:+.4f}]"
-                    for m, x in row["less_sft"].items() if m != f"DGU@{k}"))
+                    for m, x in row["less_sft"].items() if not m.startswith("DGU")))
 
 
 class Unseen(train.Run):
