@@ -37,7 +37,7 @@ import judger
 import selfplay
 from catalog import Catalog, Tokenizer, draw_places, pad
 from config import check, exit_code, parse
-from machine import choose_device, matmul_peak, peak_memory
+from machine import choose_device, in_turns, matmul_peak, peak_memory
 from model import Model, ModelConfig
 
 
@@ -328,20 +328,6 @@ def agree_topk(world, hf, histories, tolerance):
     return computed, float(prefixes.float().mean())
 
 
-def in_turns(device, repeats, *sides):
-    """Seconds of every side, run one after the other `repeats` times, after one run of each."""
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    seconds = [[] for _ in sides]
-    for r in range(repeats + 1):
-        for side, times in zip(sides, seconds):
-            sync()
-            t0 = time.perf_counter()
-            side()
-            sync()
-            times.append(time.perf_counter() - t0)
-    return [times[1:] for times in seconds]
-
-
 def compare(cfg, device, dtype):
     """(a), (b), (c) -> the figures."""
     world, peak = World(cfg, device, dtype), matmul_peak(device, dtype)
@@ -367,9 +353,7 @@ def compare(cfg, device, dtype):
     context = cfg.history * mean
     for S in (4, 16):
         histories = world.histories(B, cfg.history)
-        items = torch.tensor(np.stack([world.rng.choice(cfg.n_titles, 1 + S, replace=False,
-                                                        p=world.popular) for _ in range(B)]),
-                             device=device)
+        items = torch.tensor(np.stack(world.histories(B, 1 + S)), device=device)
         step = lambda side, m: lambda: side(m, world, histories, items).backward()
         n = agree(world, f"corrector, S = {S}", lambda: our_corrector(model, world, histories,
             items), lambda: peer_corrector(hf, world, histories, items), tolerance)
@@ -412,8 +396,7 @@ def sweep(cfg, device, dtype):
         c = dataclasses.replace(cfg, **setting)
         world = World(c, device, dtype)
         histories = world.histories(B, c.history)
-        items = torch.tensor(np.stack([world.rng.choice(c.n_titles, 1 + S, replace=False,
-            p=world.popular) for _ in range(B)]), device=device)
+        items = torch.tensor(np.stack(world.histories(B, 1 + S)), device=device)
         before = world.computed
         corrected, = in_turns(device, c.repeats, lambda: our_corrector(world.model, world,
             histories, items).backward())

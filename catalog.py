@@ -163,7 +163,7 @@ class Mode:
                              `--- Age ---- newline      end of The: Ice; of Storm: its newline
     """
     decision: torch.Tensor     # (N,) bool
-    end: torch.Tensor          # (N,) the decision or leaf that forced tokens alone lead to, or v
+    end: torch.Tensor          # (N,) the first decision or leaf at v or, by forced tokens, below
     step_node: torch.Tensor    # (I, J) the decisions on the way to an item, -1 padded
     step_child: torch.Tensor   # (I, J) the child taken at each, -1 padded
     chain: torch.Tensor        # (N, L) a decision, then the forced nodes up to the one above: what
@@ -233,7 +233,7 @@ class Trie:
         self.first = tensor(np.concatenate([[1], 1 + np.cumsum(count)]))
         self.token, self.depth, self.item, self.enter, self.leave, self.vocab = map(
             tensor, (token, depth, item, enter, enter + size, vocab))
-        self.leaf = tensor(np.argsort(np.where(item < 0, I, item), kind="stable")[:I])
+        self.leaf = tensor([number[v] for v in end_of])                # in the order of the items
         local = np.concatenate([[0], local])            # the root has no token; 0 stands in for it
         self.modes = {"trie": self._mode(parent, item, path, (count > 1) | (np.arange(N) == 0),
                                          tensor(local)),

@@ -68,7 +68,8 @@ class Config:
     eval_every: int = 250           # steps between looks at validation NDCG
     patience: int = 4               # looks without a better one before SFT stops (0: never)
     # self-play
-    method: str = "ufo"             # or a baseline or an ablation: a name in METHODS
+    method: str = "ufo"             # or a baseline or an ablation: a name in METHODS. It and all
+    #                                 that follows is the game's (GAME), free under --sft_from
     loss: str = "logistic"          # the corrector's, (9) | yours (corrector.LOSSES)
     rounds: int = 4                 # T
     round_iters: int = 150          # corrector steps a round, on as many fresh batches
@@ -226,10 +227,10 @@ def configure(argv):
     return cfg
 
 
-def exit_code(work):
-    """Do the work, and turn what the user can mend into one line on stderr. -> the exit code."""
+def exit_code(work, *args):
+    """work(*args), where what the user can mend becomes one line on stderr. -> the exit code."""
     try:
-        work()
+        work(*args)
         return 0
     except (data.InputError, torch.OutOfMemoryError, OSError) as e:
         why = str(e).splitlines()[0]

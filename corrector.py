@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 
 def loss(f, weights):
-    """(9)  mean over rows of  w(y) * softplus( logsumexp_s( -[f(y) - f(y'_s)] ) ),  f = lam * D
-    from `judger.score`.
+    """(9)  mean over rows of  w(y) * softplus( logsumexp_s( f(y'_s) - f(y) ) ),  f of
+    `judger.score`.
 
     f (B, 1 + S) float32: column 0 is the user's true next item y, the other S are the items y'_s
     that the opponent made up for the same history. weights (B,) >= 0: w(y) of (8); they are divided

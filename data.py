@@ -37,7 +37,7 @@ class InputError(Exception):
 ML_URL = "https://files.grouplens.org/datasets/movielens/{}.zip"
 ML_MD5 = {"ml-1m": "c4d9eecfca2ab87c1945afe126590906",
           "ml-100k": "0e33842e24a9c977be4e0107933c0723"}
-ML_FILES = {"ml-1m": ("ratings.dat", "movies.dat", "users.dat"), "ml-100k": ("u.data", "u.item")}
+ML_FILES = {"ml-1m": ("ratings.dat", "movies.dat"), "ml-100k": ("u.data", "u.item")}
 # what stands in where a site cannot be reached: package, path inside its wheel -> SHA-256
 WHEELS = {
     "ml-100k": ("recbole==1.2.1", {
@@ -107,10 +107,7 @@ def from_wheel(key, folder):
                 why = (run.stderr.strip().splitlines() or ["no wheel"])[-1]
                 raise InputError(f"{key}: neither its site nor the package {package} can be "
                                  f"reached ({why}); put the files under {folder}")
-            unzip(wheels[0], [p.name for p in paths], Path(tmp))
-            for p, want in zip(paths, files.values()):
-                check_sum(Path(tmp) / p.name, want, "sha256")
-                os.replace(Path(tmp) / p.name, p)
+            unzip(wheels[0], [p.name for p in paths], folder)
     for p, want in zip(paths, files.values()):
         check_sum(p, want, "sha256")
     return paths
@@ -214,16 +211,6 @@ def split_year(title):
     return (m[1], m[2]) if m else (title.strip(), None)
 
 
-def number_in(text, path, line):
-    """A finite number, or InputError."""
-    try:
-        if math.isfinite(value := float(text)):
-            return value
-    except ValueError:
-        pass
-    raise InputError(f"{path}:{line}: the time {text!r} is not a number")
-
-
 def read_ratings(lines, path, known, user=0, item=1, when=3):
     """Lines (number, fields) -> users, items, times, three lists. Ids are names: any text will do.
     Ratings of unknown items are counted and said, not kept. user, item, when: which fields.
@@ -233,7 +220,13 @@ def read_ratings(lines, path, known, user=0, item=1, when=3):
         if f[item] not in known:
             unknown += 1
             continue
-        users.append(f[user]), rated.append(f[item]), times.append(number_in(f[when], path, number))
+        try:
+            time = float(f[when])
+        except ValueError:
+            time = math.nan
+        if not math.isfinite(time):
+            raise InputError(f"{path}:{number}: the time {f[when]!r} is not a number")
+        users.append(f[user]), rated.append(f[item]), times.append(time)
     if unknown:
         print(f"! {path}: {unknown} ratings of items that the item file lacks were left out")
     if not users:
@@ -352,9 +345,10 @@ class Dataset:
     def train(self, u):
         return self.histories[u][:len(self.histories[u]) - 2 * self.holdout]
 
-    def train_counts(self):
-        """(I,) how often every item occurs in the training part of the histories."""
-        return np.bincount(np.concatenate([self.train(u) for u in range(len(self.users))]),
+    def train_counts(self, users=None):
+        """(I,) how often every item occurs in the training part of the histories (of `users`)."""
+        users = range(len(self.users)) if users is None else users
+        return np.bincount(np.concatenate([self.train(u) for u in users]),
                            minlength=len(self.titles))
 
     def cases(self, split):

@@ -68,20 +68,30 @@ def has_compiler():
     return found
 
 
+def in_turns(device, repeats, *sides):
+    """Seconds of every side, run one after the other `repeats` times, after one run of each."""
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    seconds = [[] for _ in sides]
+    for r in range(repeats + 1):
+        for side, times in zip(sides, seconds):
+            sync()
+            t0 = time.perf_counter()
+            side()
+            sync()
+            times.append(time.perf_counter() - t0)
+    return [times[1:] for times in seconds]
+
+
 def matmul_peak(device, dtype):
     """The most operations a second that a matrix product reaches here: what utilisation is a share
     of. Best of some sizes and tries, in `dtype`; takes a second. Draws from no shared generator.
     """
     own = torch.Generator(device).manual_seed(0)
-    best, sync = 0.0, torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    best = 0.0
     for n in (4096, 8192) if device.type == "cuda" else (512, 1024, 2048):
         a = torch.randn(n, n, device=device, generator=own).to(dtype)
-        for _ in range(6):
-            sync()
-            t0 = time.perf_counter()
-            a @ a
-            sync()
-            best = max(best, 2 * n ** 3 / (time.perf_counter() - t0))
+        seconds, = in_turns(device, 5, lambda: a @ a)
+        best = max(best, 2 * n ** 3 / min(seconds))
     return best
 
 
@@ -225,6 +235,12 @@ class Resumable:
         if self.stop:
             raise Stopped(f"stopped {'and saved' if saved else 'but NOT saved'}; to go on: python "
                           f"train.py --resume --out_dir={self.cfg.out_dir}")
+
+    def watched(self, loop, name):
+        """A loop with a bar, whose state is whole before every turn."""
+        for x in tqdm(loop, name, leave=False, disable=None):
+            self.breathe()
+            yield x
 
     def steps(self, name, total):
         """The steps of a stage that are still to be made, with a bar."""

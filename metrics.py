@@ -81,48 +81,50 @@ def interval(samples):
     return [float(x) for x in np.percentile(samples, [2.5, 97.5])]
 
 
+def figures(A, users, histories, lists, targets, fair=lambda E: E, n_boot=1000):
+    """-> {metric: (figure, its W = n_boot bootstrap samples)}, E_star (G,), E (G,), and GU of the
+    samples (W, G).
+
+    A (I, G); users (N,); histories: N arrays, the items shown to the policy; lists (N, K); targets
+    (N,); fair: histories' exposure -> E*, the same unless a judger has another target. The samples
+    are over users, always the same draws, so that two policies' figures are resampled alike.
+    Resampling adds its own noise, which pushes a |.| up: the samples of MGU and DGU are moved so
+    that their mean is the figure.
+    """
+    k, w = np.shape(lists)[1], bootstrap_weights(users, n_boot, np.random.default_rng(0))
+    shown, listed, found = group_sums(A, histories), group_sums(A, lists), {}
+    star, e = fair(exposure(*shown)), exposure(*listed)
+    gu_w = exposure(*listed, w) - fair(exposure(*shown, w))
+    for name, f in ((f"HR@{k}", hits), (f"NDCG@{k}", ndcg)):
+        x = f(np.asarray(lists), targets)
+        found[name] = x.mean(), w @ x / w.sum(1)
+    for name, f in ((f"MGU@{k}", mgu), (f"DGU@{k}", dgu)):
+        found[name] = f(e - star), f(gu_w) - f(gu_w).mean() + f(e - star)
+    return found, star, e, gu_w
+
+
 def report(A, users, histories, lists, targets, log_loss, fair=lambda E: E, n_boot=1000):
     """Everything that is said of one policy on one split.
 
-    A (I, G); users (N,); histories: N arrays, the items shown to the policy; lists (N, K); targets
-    (N,); log_loss (N,) nats, -log q of the target; fair: histories' exposure -> E*, the same unless
-    a judger has another target. Returns a dict: the figures by their names with
-    K in them, `ci` (95 % bootstrap intervals over users, always the same draws, so that two
-    policies' figures are resampled alike; those of MGU and DGU are centred on the figure, which
-    itself contains the noise, so compare MGU with the floor and not with 0), `MGU_floor` (the
-    expected MGU were the true GU zero: the mean MGU of the bootstrap's deviations), E_star and E
-    (G,).
+    The arguments of `figures`, and log_loss (N,) nats, -log q of the target. Returns a dict: the
+    figures by their names with K in them, `ci` (95 % intervals; those of MGU and DGU are centred on
+    the figure, which itself contains the noise, so compare MGU with the floor and not with 0),
+    `MGU_floor` (the expected MGU were the true GU zero: the mean MGU of the bootstrap's
+    deviations), E_star and E (G,).
     """
-    k, w = lists.shape[1], bootstrap_weights(users, n_boot, np.random.default_rng(0))
-    shown, listed = group_sums(A, histories), group_sums(A, lists)
-    star, e = fair(exposure(*shown)), exposure(*listed)
-    gu, gu_w = e - star, exposure(*listed, w) - fair(exposure(*shown, w))
-    per_case = {f"HR@{k}": hits(lists, targets), f"NDCG@{k}": ndcg(lists, targets),
-                "log_loss": log_loss}
-    row = {name: float(x.mean()) for name, x in per_case.items()}
-    ci = {name: interval(w @ x / w.sum(1)) for name, x in per_case.items()}
-    for name, f in ((f"MGU@{k}", mgu), (f"DGU@{k}", dgu)):
-        samples = f(gu_w)               # resampling adds its own noise, which pushes a |.| up
-        row[name] = float(f(gu))
-        ci[name] = [max(0.0, x) for x in interval(samples - samples.mean() + row[name])]
-    row |= {"MGU_floor": float(mgu(gu_w - gu).mean()), "coverage": coverage(lists, len(A)),
-            "div_ratio": div_ratio(lists), "or_ratio": or_ratio(lists)}
-    return row | {"ci": ci, "E_star": star.tolist(), "E": e.tolist()}
+    found, star, e, gu_w = figures(A, users, histories, lists, targets, fair, n_boot)
+    w = bootstrap_weights(users, n_boot, np.random.default_rng(0))
+    found["log_loss"] = log_loss.mean(), w @ log_loss / w.sum(1)
+    ci = {name: [max(0.0, x) for x in interval(samples)] for name, (_, samples) in found.items()}
+    return {name: float(x) for name, (x, _) in found.items()} | {
+        "MGU_floor": float(mgu(gu_w - (e - star)).mean()), "coverage": coverage(lists, len(A)),
+        "div_ratio": div_ratio(lists), "or_ratio": or_ratio(lists), "ci": ci,
+        "E_star": star.tolist(), "E": e.tolist()}
 
 
-def difference(A, users, histories, a, b, targets, fair=lambda E: E, n_boot=1000):
+def difference(A, users, histories, a, b, targets, fair=lambda E: E):
     """Policy a less policy b on the same cases, both resampled alike: lists a, b (N, K), the rest
-    as in `report` -> {metric: [difference, low, high]}, 95 %. MGU and DGU are shifted as there.
+    as in `figures` -> {metric: [difference, low, high]}, 95 %.
     """
-    k, w = np.shape(a)[1], bootstrap_weights(users, n_boot, np.random.default_rng(0))
-    shown, found = group_sums(A, histories), {}
-    for name, x in ((f"HR@{k}", hits), (f"NDCG@{k}", ndcg)):
-        d = x(np.asarray(a), targets) - x(np.asarray(b), targets)
-        found[name] = [float(d.mean()), *interval(w @ d / w.sum(1))]
-    # GU of both, as it is (G,) and resampled (W, G)
-    gu_a, gu_b = (exposure(*group_sums(A, x)) - fair(exposure(*shown)) for x in (a, b))
-    gu_aw, gu_bw = (exposure(*group_sums(A, x), w) - fair(exposure(*shown, w)) for x in (a, b))
-    for name, f in ((f"MGU@{k}", mgu), (f"DGU@{k}", dgu)):
-        point, samples = f(gu_a) - f(gu_b), f(gu_aw) - f(gu_bw)
-        found[name] = [float(point), *interval(samples - samples.mean() + point)]
-    return found
+    (a, *_), (b, *_) = (figures(A, users, histories, x, targets, fair) for x in (a, b))
+    return {m: [float(a[m][0] - b[m][0]), *interval(a[m][1] - b[m][1])] for m in a}

@@ -151,8 +151,8 @@ class Block(nn.Module):
         else:
             # no fused kernel takes both a mask and grouped heads: the H/K query heads of a
             # key/value head become H/K times as many queries (`Model.forward` made the mask so)
-            y = F.scaled_dot_product_attention(q.reshape(B, c.n_kv_heads, -1, c.head_dim), k, v,
-                                               attn_mask=mask)
+            q = q.reshape(B, c.n_kv_heads, -1, c.head_dim)                       # (B,K,H/K*T,E)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             y = y.reshape(B, c.n_heads, T, c.head_dim)
         return self.o(y.transpose(1, 2).reshape(B, T, -1))
 

@@ -126,9 +126,5 @@ def main(argv):
     print(json.dumps(a)) if cfg.json else show(a)
 
 
-def cli(argv):
-    return exit_code(lambda: main(argv))
-
-
 if __name__ == "__main__":
-    sys.exit(cli(sys.argv[1:]))
+    sys.exit(exit_code(main, sys.argv[1:]))

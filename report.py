@@ -85,7 +85,7 @@ def example_lists(run, sft, end, n=3):
               f"{'; '.join(about(i) for i in history[case][-4:])}; next was {about(target[case])}")
         for name, row in (("sft", sft), (end["stage"], end)):
             print(f"  {name:>6}: " + "; ".join(("*" if i == target[case] else "") + about(i)
-                                               for i in row["lists"][case][:5]))
+                                               for i in row["lists"][case][:5] if i >= 0))
 
 
 def choose(rows, k):
@@ -394,4 +394,4 @@ def main(path):
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main(sys.argv[1] if len(sys.argv) == 2 else "")))
+    sys.exit(exit_code(main, sys.argv[1] if len(sys.argv) == 2 else ""))

@@ -13,8 +13,8 @@ over="trie" is (1). over="vocab" is the ordinary softmax over the whole vocabula
 paths; then the catalog's probabilities sum to less than one, and what is missing went to titles
 that do not exist.
 
-B rows, P prompt tokens, Q trie nodes in a row, M items in a row, S samples, N nodes and I items of
-the trie, C children.
+B rows, P prompt tokens, Q trie nodes in a row, W trie nodes that they may look at, M items in a
+row, S samples, N nodes and I items of the trie, C children.
 """
 
 import numpy as np
@@ -37,18 +37,20 @@ def hang(trie, length, queries, keys, n_prompt):
     """Trie nodes under documents: what the model must be told of them.
 
     A document may be branched off at A places: length (B,A) says how many of its tokens come before
-    each. A node v under branch a is written a * N + v (queries (B,Q), keys (B,S), -1 padded); it
+    each. A node v under branch a is written a * N + v (queries (B,Q), keys (B,W), -1 padded); it
     sees its branch's part of the document and its own ancestors among the keys, and its position
-    goes on from where the branch leaves. Returns tokens (B,Q), positions (B,Q) and the tree mask
-    (B,Q,P+S).
+    goes on from where the branch leaves. Returns tokens (B,Q), positions (B,Q) and the mask
+    (B,Q,P+W).
     """
     N, real = trie.n_nodes, queries >= 0
     branch, node = queries.clamp(min=0) // N, queries.clamp(min=0) % N
     before = length.gather(1, branch)
-    # intervals of different branches are disjoint, and those of padding are empty
-    enter, inside = torch.where(real, branch * N + trie.enter[node], -1), keys.clamp(min=0) % N
-    low = torch.where(keys >= 0, keys - inside + trie.enter[inside], 0)
-    high = torch.where(keys >= 0, keys - inside + trie.leave[inside], 0)
+    # a query looks at the keys whose interval [low, high) holds its number. Intervals of different
+    # branches are disjoint (key - key_node is its branch times N), those of padding empty
+    enter = torch.where(real, branch * N + trie.enter[node], -1)
+    key_node = keys.clamp(min=0) % N
+    low = torch.where(keys >= 0, keys - key_node + trie.enter[key_node], 0)
+    high = torch.where(keys >= 0, keys - key_node + trie.leave[key_node], 0)
     tree = (low[:, None] <= enter[:, :, None]) & (enter[:, :, None] < high[:, None])
     prompt = torch.arange(n_prompt, device=queries.device) < before[:, :, None]
     return (trie.token[node].where(real, 0), before + trie.depth[node] - 1,
@@ -90,11 +92,11 @@ def log_q(model, trie, prompt, items, over="trie"):
     """
     (tokens, length), mode, N = prompt, trie.modes[over], trie.n_nodes
     (B, P), A, device = tokens.shape, length.shape[1], tokens.device
-    branch = N * torch.arange(A, device=device)[:, None, None]
+    offset = N * torch.arange(A, device=device)[:, None, None]     # of each branch's nodes (`hang`)
     # the nodes that each row must hold
     at_node, child = mode.step_node[items], mode.step_child[items]                 # (B,A,M,J)
     chain = mode.chain[at_node.clamp(min=0)]                                       # (B,A,M,J,L)
-    key = torch.where((chain >= 0) & (at_node >= 0)[..., None], branch[..., None] + chain, -1)
+    key = torch.where((chain >= 0) & (at_node >= 0)[..., None], offset[..., None] + chain, -1)
     key = unique_rows(key.flatten(1))                                              # (B,Q)
     # one pass over documents and nodes
     new, at, mask = hang(trie, length, key, key, P)
@@ -109,10 +111,10 @@ def log_q(model, trie, prompt, items, over="trie"):
     chosen = (node >= 0) & mode.decision[node]
     _, step = decide(model, trie, hidden[chosen], node[chosen], over)              # (R,C)
     # every item's own steps among them; where it has none, junk that is masked at the end
-    index = chosen.flatten().cumsum(0).view(B, -1) - 1      # (b, place in the row) -> row of step
+    index = chosen.flatten().cumsum(0).view(B, -1) - 1      # (B,A+Q): a column -> its line of step
     found = torch.searchsorted(key.where(key >= 0, 2 ** 62),
-                               (branch + at_node).clamp(min=0).flatten(1)).view(at_node.shape)
-    where = torch.where(at_node == 0, branch // N, A + found).clamp(max=index.shape[1] - 1)
+                               (offset + at_node).clamp(min=0).flatten(1)).view(at_node.shape)
+    where = torch.where(at_node == 0, offset // N, A + found).clamp(max=index.shape[1] - 1)
     row = index.gather(1, where.flatten(1)).view(at_node.shape)
     taken = step[row, (child - trie.first[at_node]).clamp(min=0)]                  # (B,A,M,J)
     return taken.masked_fill(at_node < 0, 0.0).sum(-1)
@@ -126,7 +128,8 @@ class Search:
     decisions and for finished titles, never for the forced nodes between. Expanding a decision runs
     the tokens from the one above it, once, whatever is asked later. As in `log_q`, a document may
     be branched off at several places: with lengths (D,A) there are B = D * A rows, one a branch,
-    and a document is read once and cached once for all of them.
+    and a document is read once and cached once for all of them. `top_k` lets documents go that are
+    done: d of them and their b branches are still in the cache.
     """
 
     def __init__(self, model, trie, prompt, over="trie"):
@@ -135,10 +138,10 @@ class Search:
         D, device = len(tokens), tokens.device
         self.length, self.n_prompt = length.view(D, -1), tokens.shape[1]
         hidden = model(tokens, cache=self.cache)
-        self.cached = tokens.new_empty(D, 0)                # (D,S) trie nodes after the prompt
-        self.docs = torch.arange(D, device=device)          # documents still in the cache
-        self.rows = torch.arange(length.numel(), device=device)        # and their branches
-        self.branch = self.rows % self.length.shape[1] * trie.n_nodes
+        self.cached = tokens.new_empty(D, 0)                # (d,W) trie nodes after the prompt
+        self.docs = torch.arange(D, device=device)          # (d,) documents still in the cache
+        self.rows = torch.arange(length.numel(), device=device)        # (b,) and their branches
+        self.offset = self.rows % self.length.shape[1] * trie.n_nodes  # of a branch's nodes
         self.logp = torch.full((len(self.rows), trie.n_nodes + 1), NEG, device=device)
         self.logp[:, 0] = 0.0
         self.expanded = torch.zeros_like(self.logp, dtype=torch.bool)
@@ -147,9 +150,10 @@ class Search:
 
     def _settle(self, rows, nodes, hidden, levels=1):
         """Given the hidden states (R,D) at decisions `nodes` (R,) of `rows` (R,), write down what
-        their children lead to. levels: how many of the decisions may stand one above the other: a
-        child may be written before the decision above it is known, and each repeat carries what is
-        known one decision further down.
+        their children lead to. levels: how many of the decisions may stand one above the other. The
+        children of a decision are known once it is known itself: with the root done and a decision
+        and one below it in `nodes`, the first pass makes the upper one's children known, the second
+        the lower one's.
         """
         child, step = decide(self.model, self.trie, hidden, nodes, self.over)      # (R,C)
         to = torch.where(child >= 0, self.mode.end[child], self.trie.n_nodes)
@@ -165,8 +169,8 @@ class Search:
         chain = self.mode.chain[nodes.clamp(min=0)]                                # (b,Q,L)
         # rows stand document by document, so the first ones have the right branches
         key = torch.where((chain >= 0) & (nodes >= 0)[:, :, None],
-                          chain + self.branch[:len(nodes), None, None], -1)
-        key = unique_rows(key.view(len(self.docs), -1))                            # (d,W)
+                          chain + self.offset[:len(nodes), None, None], -1)
+        key = unique_rows(key.view(len(self.docs), -1))                            # (d,Q)
         self.cached = torch.cat([self.cached, key], 1)
         hidden = self.model(*hang(self.trie, self.length[self.docs], key, self.cached,
                                   self.n_prompt), self.cache)
@@ -230,21 +234,22 @@ class Search:
         first, up to `width` at a time (half as many again each time up to 64, for a model that
         knows little), only while it still beats the k-th best finished title. width = 0 runs the
         whole catalog in one pass instead: more tokens, no waiting for one pass to say what the next
-        one needs. Where fewer than k items are left, the rest is -1 with -inf. The last thing to
-        ask of a Search: finished documents leave its cache.
+        one needs. Where fewer than k items are left unseen, the rest is -1 with -inf. k <= I. The
+        last thing to ask of a Search: finished documents leave its cache.
         """
         decisions = self.mode.decision.nonzero()[:, 0]
         if not width:
             self.expand_all(decisions.expand(len(self.rows), -1))
         while width:
             titles = self.logp[self.rows[:, None], self.trie.leaf].masked_fill(seen[self.rows], NEG)
-            kth = titles.topk(min(k, titles.shape[1]), 1).values[:, -1:]
+            kth = titles.topk(k, 1).values[:, -1:]                      # the list's last so far
             done = self.expanded[self.rows[:, None], decisions]
             open_ = self.logp[self.rows[:, None], decisions].masked_fill(done, NEG)
+            # no title under a prefix is more probable than it
             bound, which = open_.topk(min(int(width), len(decisions)), 1)
             width = min(1.5 * width, 64)        # (B, 64) decisions, each with a row of logits
-            want = bound > kth
-            busy = want.view(len(self.docs), -1).any(1)
+            want = bound > kth                                          # may still enter the list
+            busy = want.view(len(self.docs), -1).any(1)                 # (d,)
             if not busy.any():
                 break
             if busy.float().mean() < 0.75:          # forget those that are finished, now and then
@@ -254,12 +259,8 @@ class Search:
             want = want[:, :int(want.sum(1).max())]
             self.expand(torch.where(want, decisions[which[:, :want.shape[1]]], -1))
         titles = self.logp[:, self.trie.leaf].masked_fill(seen, NEG)
-        value, item = titles.topk(min(k, titles.shape[1]), 1)
-        item = torch.where(value > NEG, item, -1)
-        short = k - item.shape[1]
-        pad = torch.nn.functional.pad
-        return (pad(item, (0, short), value=-1), pad(value, (0, short), value=NEG),
-                self.expanded.sum(1))
+        value, item = titles.topk(k, 1)
+        return torch.where(value > NEG, item, -1), value, self.expanded.sum(1)
 
 
 @torch.no_grad()

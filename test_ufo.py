@@ -7,6 +7,7 @@ hand.
 import json
 import math
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -27,7 +28,7 @@ import selfplay
 import train
 from catalog import (Catalog, Trie, draw_places, model_tokenizer, tiktoken_from, training_batches,
                      word_tokenizer)
-from config import METHODS, parse
+from config import METHODS, exit_code, parse
 from model import Model, ModelConfig, from_hf
 
 torch.set_num_threads(2)
@@ -639,7 +640,6 @@ def ml1m(folder):
              w in enumerate("One Two Three Four Five Six".split())]
     (folder / "movies.dat").write_text("".join(f"{i}::{t}::{g}\n" for i, t, g in films),
                                        encoding="latin-1")
-    (folder / "users.dat").write_text("1::F::1::10::48067\n")
     rng, lines = np.random.default_rng(0), []
     ids = [i for i, *_ in films if i != 52]
     for u in (1, 2, 5, 6, 9, 10, 11, 12, 13, 14, 15, 16):
@@ -711,7 +711,7 @@ def test_natural_titles(title, want):
 
 def test_zip_is_checked_and_unpacked_by_name(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "ml-1m.zip", "w") as z:
-        for f in ("ratings.dat", "movies.dat", "users.dat"):
+        for f in ("ratings.dat", "movies.dat"):
             z.writestr("../../ml-1m/" + f, "x")
     with pytest.raises(data.InputError, match="md5"):
         data.fetch_movielens("ml-1m", tmp_path)
@@ -721,7 +721,7 @@ def test_zip_is_checked_and_unpacked_by_name(tmp_path, monkeypatch):
                         hashlib.md5((tmp_path / "ml-1m.zip").read_bytes()).hexdigest())
     folder = data.fetch_movielens("ml-1m", tmp_path)
     names = sorted(p.name for p in folder.iterdir())
-    assert names == ["movies.dat", "ratings.dat", "users.dat"] and folder.parent == tmp_path
+    assert names == ["movies.dat", "ratings.dat"] and folder.parent == tmp_path
 
 
 def test_a_truncated_zip_is_named(tmp_path, monkeypatch):
@@ -766,8 +766,7 @@ def test_two_runs_that_fetch_at_once_do_not_break_each_other(tmp_path, monkeypat
     for t in threads:
         t.join()
     left = sorted(p.name for p in tmp_path.rglob("*"))
-    assert done == [True] * 8 and left == ["ml-1m", "ml-1m.zip", "movies.dat", "ratings.dat",
-                                           "users.dat"]
+    assert done == [True] * 8 and left == ["ml-1m", "ml-1m.zip", "movies.dat", "ratings.dat"]
 
 
 def test_no_network_and_no_fallback_says_which_file(tmp_path, monkeypatch):
@@ -994,6 +993,10 @@ def test_train_users_sees_the_histories_of_so_many_users_alone(tmp_path):
     assert all(of(w) & kept for w in windows)
     assert set().union(*(of(w) for w in windows if len(of(w)) == 1)) == kept
     assert len(run.cases["test"][0]) == n               # everyone is measured
+    # what popularity counts, too
+    count = 1 + np.bincount(np.concatenate([run.ds.train(u) for u in kept]), minlength=250)
+    assert run.yardsticks()["popularity"]["log_loss"] == pytest.approx(
+        -np.log(count[run.cases["test"][2]] / count.sum()).mean())
 
 
 def test_options():
@@ -1052,7 +1055,7 @@ def test_toy_end_to_end_and_bitwise_again(tmp_path, capsys):
     titles = data.load_dataset("toy", max_users=60).titles
     ask = [f"--out_dir={tmp_path / 'a'}", titles[3].upper(), f"  {titles[70].lower()}!"]
     capsys.readouterr()
-    assert recommend.cli([*ask, "--json", "--topk=5"]) == 0
+    assert exit_code(recommend.main, [*ask, "--json", "--topk=5"]) == 0
     got = json.loads(capsys.readouterr().out)
     assert got["history"] == [titles[3], titles[70]] and set(got["lists"]) == {"pretrained", "sft",
                                                                                "ufo"}
@@ -1061,12 +1064,13 @@ def test_toy_end_to_end_and_bitwise_again(tmp_path, capsys):
         assert len(p) == 5 and p == sorted(p, reverse=True) and 0 < sum(p) < 1
         assert not {titles[3], titles[70]} & {x["title"] for x in found}
         assert sum(got["exposure"][name].values()) == pytest.approx(1)
-    assert recommend.cli([ask[0], "--user=7"]) == 0 and "share of" in capsys.readouterr().out
+    assert exit_code(recommend.main, [ask[0], "--user=7"]) == 0
+    assert "share of" in capsys.readouterr().out
     for bad, why in (([ask[0]], "--user=ID"), ([ask[0], "--user=x"], "not a user"),
                      ([ask[0], titles[3][:-1]], "did you mean"),
                      (["--out_dir=none", "x"], "model.pt"),
                      ([ask[0], "--topk=250", titles[3]], "250 titles")):
-        assert recommend.cli(bad) == 2 and why in capsys.readouterr().err
+        assert exit_code(recommend.main, bad) == 2 and why in capsys.readouterr().err
 
 
 def test_titles_are_found_kindly():
@@ -1315,6 +1319,8 @@ def test_bad_machines_models_and_folders(tmp_path, monkeypatch):
             train.Run(small("--device=mps"))
     with pytest.raises(data.InputError, match="the catalog has 250 titles"):
         train.Run(small("--topk=250"))
+    with pytest.raises(data.InputError, match="num_negatives=251: the catalog has 250"):
+        train.Run(small("--method=sprec", "--num_negatives=251"))
     (tmp_path / "file").write_text("")
     with pytest.raises(data.InputError, match="--out_dir=.*choose another"):
         train.Run(small(f"--out_dir={tmp_path / 'file' / 'x'}"))
@@ -1540,7 +1546,7 @@ def test_grid_goes_on_where_it_was_and_makes_the_table(tmp_path, capsys, monkeyp
         calls.append(command[2:])
         return train.cli(command[2:])
     monkeypatch.setattr(grid, "launch", in_process)
-    assert grid.cli(args) == 0 and len(calls) == 4
+    assert exit_code(grid.main, args) == 0 and len(calls) == 4
     lines = capsys.readouterr().out.splitlines()[-6:]
     assert [x.split("|")[1].strip() for x in lines] == ["method", "---", "sft", "rerank", "ufo",
                                                         "ufo, last round"]
@@ -1549,10 +1555,10 @@ def test_grid_goes_on_where_it_was_and_makes_the_table(tmp_path, capsys, monkeyp
     hr = [next(r["HR@10"] for r in x["rows"] if r["stage"] == x["chosen"]) for x in rows]
     assert f"| {np.mean(hr):.4f} ± {np.std(hr, ddof=1):.4f} |".replace(" 0.", " .") in lines[-2]
     (tmp_path / "toy" / "ufo-1" / "results.json").unlink()
-    assert grid.cli(args) == 0 and len(calls) == 5 and "--seed=1" in calls[-1]
+    assert exit_code(grid.main, args) == 0 and len(calls) == 5 and "--seed=1" in calls[-1]
     assert any(a.startswith("--sft_from=") for a in calls[1])
-    assert grid.cli(["--table", f"--grid_dir={tmp_path}"]) == 0 and len(calls) == 5
-    assert grid.cli([*args, "--methods=ufo+gamma=0.1", "--seeds=0",
+    assert exit_code(grid.main, ["--table", f"--grid_dir={tmp_path}"]) == 0 and len(calls) == 5
+    assert exit_code(grid.main, [*args, "--methods=ufo+gamma=0.1", "--seeds=0",
                      f"--save={tmp_path}/r/toy.json"]) == 0 and len(calls) == 6
     found = json.loads((tmp_path / "r" / "toy.json").read_text())
     assert found["ufo+gamma=0.1-0"]["config"]["gamma"] == 0.1 and len(found) == 5
@@ -1562,7 +1568,7 @@ def test_grid_goes_on_where_it_was_and_makes_the_table(tmp_path, capsys, monkeyp
                      ("--methods=ufo+sft_iters=9", "give it to all"),
                      ("--methods=ufo+gama=1", "did you mean gamma"),
                      ("--topk=5", "topk was 10")):
-        assert grid.cli([bad, f"--grid_dir={tmp_path}"]) == 2
+        assert exit_code(grid.main, [bad, f"--grid_dir={tmp_path}"]) == 2
         assert why in capsys.readouterr().err
 
 
@@ -1587,6 +1593,42 @@ def test_a_game_on_another_runs_sft_is_that_runs_game(tmp_path, capsys):
         assert why in capsys.readouterr().err
     assert train.cli([f"--sft_from={tmp_path}", f"--out_dir={other}"]) == 2
     assert "no whole sft.pt" in capsys.readouterr().err
+
+
+def test_trials_play_on_a_runs_sft(tmp_path, capsys):
+    import importlib.util
+    spec = importlib.util.spec_from_file_location("trials", "results/trials.py")
+    trials = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(trials)
+    game = ["--rounds=1", "--branches=2", "--round_iters=2"]
+    train.main(train.configure(["--max_users=40", "--vocab_users=0", *SMALL[:3], *game,
+                                f"--out_dir={tmp_path}"]))
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    low = next(r for r in rows if r["stage"] == "ufo-1")["less_sft"]["MGU@10"][1]
+    for trial, said in (("average", f"mean 1-1 test, less SFT: .*MGU@10 .*{low:+.4f}"),
+                        ("anneal", "ufo-1 test, less SFT: HR@10"),
+                        ("unseen", "ufo-1 unseen: MGU@10 .*\n.*less SFT: .*\n.*less rerank: HR")):
+        capsys.readouterr()
+        args = [trial, f"--sft_from={tmp_path}", f"--out_dir={tmp_path / trial}", *game]
+        assert exit_code(trials.main, *args) == 0
+        assert re.search(said, capsys.readouterr().out), trial
+        assert exit_code(trials.main, *args, "--resume") == 2       # no trial goes on in its middle
+    assert exit_code(trials.main, "anneal", f"--out_dir={tmp_path / 'x'}") == 2
+    assert "give --sft_from=DIR" in capsys.readouterr().err
+
+
+def test_an_sft_that_could_not_be_kept_is_not_made_of_the_game(tmp_path, monkeypatch):
+    """sft.pt is missing and the run goes on in a round: what is there now is no SFT."""
+    write = machine.write_checkpoint
+    monkeypatch.setattr(machine, "write_checkpoint", lambda folder, content, stem="checkpoint":
+                        stem != "sft" and write(folder, content, stem))
+    with monkeypatch.context() as m, pytest.raises(KeyError):
+        m.setattr(train.Run, "correct", lambda run, *_: run.save() and {}["stopped"])
+        train.main(train.configure([*SMALL, "--max_users=30", "--vocab_users=0",
+                                    f"--out_dir={tmp_path}"]))
+    monkeypatch.undo()
+    train.main(train.configure(["--resume", f"--out_dir={tmp_path}"]))
+    assert (tmp_path / "results.json").exists() and not (tmp_path / "sft.pt").exists()
 
 
 def test_the_chosen_round_is_the_one_that_is_kept(tmp_path, monkeypatch):

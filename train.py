@@ -8,6 +8,7 @@ Options are --key=value over config.py's Config. Equation numbers are those of t
 
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -22,7 +23,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import corrector
 import data
@@ -87,6 +87,9 @@ class Run(machine.Resumable):
                                          cfg.max_users, cfg.seed, cfg.header)
         if cfg.topk >= len(ds.titles):
             raise data.InputError(f"--topk={cfg.topk}: the catalog has {len(ds.titles)} titles")
+        if cfg.negatives == "top" and cfg.num_negatives > len(ds.titles):
+            raise data.InputError(f"--num_negatives={cfg.num_negatives}: the catalog has "
+                                  f"{len(ds.titles)} titles to take the top from")
         self.base, self.tokenizer, self.source = self.build()
         self.catalog = Catalog(ds.titles, ds.header, self.tokenizer, cfg.history)
         self.catalog.trie.to(self.device)
@@ -101,9 +104,15 @@ class Run(machine.Resumable):
               f"{(self.catalog.trie.modes['trie'].step_node >= 0).sum(1).float().mean():.1f} of "
               f"them choices")
         print(f"model: {describe(self.base)}, from {self.source}; tokens: {self.tokenizer.name}")
-        self.state = {"stage": "", "it": 0, "measured": {}, "looks": [], "best": None, "round": 1,
-                      "log_v": [0.0] * len(ds.groups), "played": None, "losses": [], "right": [],
-                      "rounds": [], "skipped": 0, "minutes": 0.0}
+        self.state = {
+            "stage": "", "it": 0,           # steps of the stage, or of the round, that are made
+            "measured": {},                 # rows by `key_of`
+            "looks": [],                    # [step, validation NDCG] in SFT
+            "best": None,                   # weights of SFT's best look; then of the chosen round
+            "round": 1, "log_v": [0.0] * len(ds.groups),
+            "played": None,                 # the round's made-up items, once there are any
+            "losses": [], "right": [],      # of the round's steps
+            "rounds": [], "skipped": 0, "minutes": 0.0}
         if begin:
             self.begin(Path(cfg.out_dir))
 
@@ -285,9 +294,7 @@ class Run(machine.Resumable):
         size = [self.catalog.lengths[h].sum() for h in self.shown(history)]
         order = np.argsort(size, kind="stable")[::-1]
         lists, log_loss, run = np.empty((len(user), cfg.topk), int), np.empty(len(user)), 0
-        for i in tqdm(range(0, len(order), cfg.eval_batch), f"{stage} {split}", leave=False,
-                      disable=None):
-            self.breathe()
+        for i in self.watched(range(0, len(order), cfg.eval_batch), f"{stage} {split}"):
             b = order[i:i + cfg.eval_batch]
             search, seen = self.search(policy, [history[n] for n in b], over)
             items = torch.as_tensor(target[b], device=self.device)[:, None]
@@ -351,9 +358,7 @@ class Run(machine.Resumable):
         for split in ("val", "test"):
             user, history, target = self.cases[split]
             scores, biased = np.empty((2, len(user), len(everything)))
-            for i in tqdm(range(0, len(user), cfg.eval_batch), f"{stage}+rerank {split}",
-                          leave=False, disable=None):
-                self.breathe()
+            for i in self.watched(range(0, len(user), cfg.eval_batch), f"{stage}+rerank {split}"):
                 b = slice(i, i + cfg.eval_batch)
                 search, seen = self.search(policy, history[b])
                 scores[b] = search.score(everything.expand(len(seen), -1)).cpu().double().numpy()
@@ -398,13 +403,12 @@ class Run(machine.Resumable):
         """SFT's validation NDCG after `it` steps, its weights kept if it is the best -> whether
         the last `patience` looks brought nothing better.
         """
-        s, tuned = self.state, self.policies.tuned
+        s = self.state
         if all(at != it for at, _ in s["looks"]):
             row = self.measure("sft", "val", stage=f"sft {it}")
             score = row[f"NDCG@{self.cfg.topk}"]
             if score > max([x for _, x in s["looks"]], default=-1):
-                s["best"] = (copy.deepcopy(tuned.state_dict()) if self.cfg.sft_full
-                             else tuned.adapter_state("sft"))
+                s["best"] = copy.deepcopy(self.weights()["tuned"])
             s["looks"].append([it, score])
         scores = [x for _, x in s["looks"]]
         since = len(scores) - 1 - int(np.argmax(scores))
@@ -434,16 +438,14 @@ class Run(machine.Resumable):
                 self.log(event="sft", it=it, loss=loss)
         else:
             self.look(cfg.sft_iters)
-        if cfg.sft_full:
-            policies.tuned.load_state_dict(self.state["best"])
-        else:
-            policies.tuned.load_adapter("sft", self.state["best"])
+        policies.tuned.load_state_dict(self.state["best"], strict=False)
         self.state["best"], measured = None, self.state["measured"]
-        # the best look was at these weights: SFT need not be measured on validation again
-        it, _ = max(self.state["looks"], key=lambda look: look[1])
-        row = measured[key_of(f"sft {it}", "val")]
-        measured[key_of("sft", "val")] = row | {"stage": "sft",
-                                                "less_sft": self.difference(row, row)}
+        if not cfg.sft_full or self.dtype == torch.float32:     # else they are rounded for the game
+            # the best look was at these weights: SFT need not be measured on validation again
+            it, _ = max(self.state["looks"], key=lambda look: look[1])
+            row = measured[key_of(f"sft {it}", "val")]
+            measured[key_of("sft", "val")] = row | {"stage": "sft",
+                                                    "less_sft": self.difference(row, row)}
         print(f"[{self.minutes():5.1f} min] SFT: {speed.report()}")
 
     def judge(self, t, E_pre):
@@ -466,15 +468,10 @@ class Run(machine.Resumable):
         """Round t's made-up items with what the loss needs of them: see `selfplay.play`."""
         cfg = self.cfg
         self.policies.tuned.eval()
-
-        def bar(loop):
-            for x in tqdm(loop, "play", disable=None, leave=False):
-                self.breathe()
-                yield x
         generator = torch.Generator(self.device).manual_seed(1000 * cfg.seed + t)
         return selfplay.play(self.policies, self.catalog, windows, places, cfg.num_negatives,
                              cfg.temperature, max(1, cfg.eval_batch // cfg.branches), cfg.alpha,
-                             bar, generator, cfg.negatives)
+                             functools.partial(self.watched, name="play"), generator, cfg.negatives)
 
     def correct(self, windows, places, weights):
         """A round's corrector steps: minimise (9) on what was played."""
@@ -539,22 +536,25 @@ class Run(machine.Resumable):
         return report.kept(self.chosen(), self.cfg.rounds)
 
     def yardsticks(self):
-        """What needs no language model: the uniform distribution, and popularity in the training
-        histories (add-one).
+        """What needs no language model: the uniform distribution, and popularity in the histories
+        that SFT sees (add-one).
         """
         user, history, target = self.cases["test"]
-        count = self.ds.train_counts() + 1.0
+        seen_by = evenly(len(self.ds.users), self.cfg.train_users)
+        count = self.ds.train_counts(seen_by) + 1.0
         lists = np.empty((len(user), self.cfg.topk), int)
         for n, h in enumerate(history):
             c = count.copy()
             c[h] = -1
-            lists[n] = np.argsort(-c, kind="stable")[:self.cfg.topk]
+            best = np.argsort(-c, kind="stable")[:self.cfg.topk]
+            lists[n] = np.where(c[best] > 0, best, -1)
         row = metrics.report(self.ds.credit, user, self.shown(history), lists,
                              target, -np.log(count / count.sum())[target],
                              judger.TARGETS[self.cfg.target])
         unseen = len(self.ds.titles) - np.array([len(h) for h in history])
         return {"uniform": {"log_loss": math.log(len(self.ds.titles)),
-                            f"HR@{self.cfg.topk}": float((self.cfg.topk / unseen).mean())},
+                            f"HR@{self.cfg.topk}": float(np.minimum(1, self.cfg.topk
+                                                                    / unseen).mean())},
                 "popularity": row}
 
 
@@ -615,7 +615,8 @@ def main(cfg):
             run.enter("game")
         run.measure("sft", "test")
         run.measure("sft", "val")
-        if not (run.out / "sft.pt").exists() and not cfg.sft_from:
+        begun = run.state["round"] > 1 or run.state["played"]
+        if not (run.out / "sft.pt").exists() and not cfg.sft_from and not begun:
             run.save("sft")
         while run.state["round"] <= cfg.rounds:
             run.round(run.state["round"], E_pre)

@@ -6,7 +6,8 @@
     ... --loss=hard                                   more weight on what the judger gets wrong
     ... --loss=pairs                                  every made-up item a pair of its own
 
-DIR: the folder of a run, whose SFT the game begins from. Other options as for train.py.
+DIR: the folder of a run, whose SFT the game begins from. Other options as for train.py, but
+--resume: a trial that was stopped starts anew, in a new folder.
 """
 
 import sys
@@ -105,17 +106,19 @@ class Unseen(train.Run):
         finally:
             self.state["measured"][key] = whole
 
-    def tell(self, name, row):
-        sft = self.measure("sft", "test")
+    def tell(self, name, row, **others):
+        """Print what the lists of a row are worth to either half, less each of `others`' lists."""
+        k = f"MGU@{self.cfg.topk}"
         for who, odd in (("seen", False), ("unseen", True)):
             user, shown, lists, target = self.half(row, odd)
-            less = metrics.difference(self.ds.credit, user, shown, lists, self.half(sft, odd)[2],
-                                      target)
-            mgu = metrics.report(self.ds.credit, user, shown, lists, target, np.zeros(len(user)))
-            k = f"MGU@{self.cfg.topk}"
-            print(f"{name:>8} {who:>6}: {k} {mgu[k]:.4f} (floor {mgu['MGU_floor']:.4f}), less SFT "
-                  + ", ".join(f"{m} {x[0]:+.4f} [{x[1]:+.4f}, {x[2]:+.4f}]"
-                              for m, x in less.items()), flush=True)
+            of = metrics.report(self.ds.credit, user, shown, lists, target, np.zeros(len(user)))
+            print(f"{name:>8} {who:>6}: {k} {of[k]:.4f} (floor {of['MGU_floor']:.4f})")
+            for other, its in others.items():
+                less = metrics.difference(self.ds.credit, user, shown, lists,
+                                          self.half(its, odd)[2], target)
+                print(f"{'less ' + other:>15}: " + ", ".join(
+                    f"{m} {x[0]:+.4f} [{x[1]:+.4f}, {x[2]:+.4f}]" for m, x in less.items()),
+                    flush=True)
 
     @torch.no_grad()
     def reranked(self):
@@ -133,11 +136,13 @@ class Unseen(train.Run):
         return {"split": "test", "lists": lists[:, :self.cfg.topk]}
 
     def game(self, E_pre):
-        self.tell("SFT", self.measure("sft", "test"))
-        self.tell("rerank", self.reranked())
+        sft, biased = self.measure("sft", "test"), self.reranked()
+        self.tell("SFT", sft)
+        self.tell("rerank", biased, SFT=sft)
         for t in range(1, self.cfg.rounds + 1):
             self.round(t, E_pre)
-            self.tell(f"ufo-{t}", self.measure("player", "test", stage=f"ufo-{t}"))
+            self.tell(f"ufo-{t}", self.measure("player", "test", stage=f"ufo-{t}"), SFT=sft,
+                      rerank=biased)
 
 
 TRIALS = {"average": Average, "anneal": Anneal, "unseen": Unseen}
@@ -146,7 +151,10 @@ TRIALS = {"average": Average, "anneal": Anneal, "unseen": Unseen}
 def main(trial="", *argv):
     if trial not in TRIALS:
         raise data.InputError(f"{trial!r}: the trials are {', '.join(TRIALS)}")
-    run = TRIALS[trial](configure(argv))
+    cfg = configure(argv)
+    if cfg.resume or not cfg.sft_from:
+        raise data.InputError("a trial begins from a run's SFT: give --sft_from=DIR, no --resume")
+    run = TRIALS[trial](cfg)
     with run.working():
         for split in ("val", "test"):
             run.measure("sft", split)
@@ -154,4 +162,4 @@ def main(trial="", *argv):
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main(*sys.argv[1:])))
+    sys.exit(exit_code(main, *sys.argv[1:]))
