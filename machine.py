@@ -57,6 +57,13 @@ def choose_device(cfg):
         torch.backends.cuda.enable_cudnn_sdp(False)
     card = torch.cuda.get_device_name() if name == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"device {name} ({why}; {card}), {dtype} ({reason}), adapters and optimizer in float32")
+    if name == "cpu" and dtype != "float32":
+        a = torch.ones(256, 256)
+        low = a.to(getattr(torch, dtype))
+        plain, own = map(min, in_turns(torch.device("cpu"), 3, lambda: a @ a, lambda: low @ low))
+        if own > 2 * plain:
+            print(f"! this CPU multiplies {own / plain:.0f} times slower in {dtype} than in float32: "
+                  f"use --dtype=float32")
     return torch.device(name), getattr(torch, dtype)
 
 

@@ -1710,6 +1710,14 @@ def test_the_round_is_chosen_by_validation():
     assert report.choose(rows, 10) == "ufo-1" and report.choose(rows[:1], 10) == "sft"
 
 
+def test_a_cpu_that_is_slow_in_bfloat16_is_called_so(monkeypatch, capsys):
+    cfg = train.configure(["--dtype=bfloat16", "--device=cpu"])
+    for seconds, said in ((9, True), (0.5, False)):
+        monkeypatch.setattr(machine, "in_turns", lambda *_: [[2, 1], [3 * seconds, seconds]])
+        machine.choose_device(cfg)
+        assert ("9 times slower in bfloat16" in capsys.readouterr().out) == said
+
+
 def test_float16_leaves_out_overflowing_steps_and_counts_them(tmp_path):
     run = train.Run(train.configure([*SMALL, "--dtype=float16", "--device=cpu",
                                      f"--out_dir={tmp_path}"]))
