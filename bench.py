@@ -421,7 +421,7 @@ def without_weights(name):
                                  qkv_bias="Qwen" in name))
 
 
-def kept(model, forward):
+def saved_bytes(model, forward):
     """Bytes that autograd keeps of a forward pass for its backward pass, parameters left out."""
     ours, held = {p.data_ptr() for p in model.parameters()}, {}
 
@@ -458,7 +458,7 @@ def memory(cfg, device, dtype, branches=8, S=16, eval_batch=64):
         for step, forward in {"sft": lambda: our_sft(model, world, drawn), "corrector":
                               lambda: selfplay.log_q(model, catalog.trie, prompt, items)}.items():
             world.computed = 0
-            found[step] = kept(model, forward), world.computed
+            found[step] = saved_bytes(model, forward), world.computed
         return found
     for name in BASES:
         base = without_weights(name)

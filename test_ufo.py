@@ -1289,7 +1289,7 @@ def test_memory_is_counted_by_hand_and_the_bases_have_their_published_sizes(caps
     layer = torch.nn.Linear(3, 2, bias=False)
     x = torch.ones(5, 3)
     # of y^2: y (5, 2) is kept; of y: x (5, 3); not the layer's own weight
-    assert bench.kept(layer, lambda: layer(x).pow(2)) == 4 * (10 + 15)
+    assert bench.saved_bytes(layer, lambda: layer(x).pow(2)) == 4 * (10 + 15)
     sizes = {"SmolLM2-135M": 134515008, "SmolLM2-360M": 361821120, "SmolLM2-1.7B": 1711376384,
              "Qwen2.5-0.5B": 494032768, "Qwen2.5-1.5B": 1543714304, "Llama-3.2-1B": 1235814400,
              "Llama-2-7b-hf": 6738415616}
@@ -1303,7 +1303,7 @@ def test_memory_is_counted_by_hand_and_the_bases_have_their_published_sizes(caps
     world = bench.World(cfg, torch.device("cpu"), torch.float32,
                         ModelConfig(8192, 32, 4, 4, 2, 8, 64))
     windows, model = world.histories(2, 6), world.model.use("player")
-    held = bench.kept(model, lambda: bench.our_sft(model, world, windows)) / 2 ** 30
+    held = bench.saved_bytes(model, lambda: bench.our_sft(model, world, windows)) / 2 ** 30
     assert row["sft"] == pytest.approx(held, rel=1e-9)
     assert 0 < row["sft, recompute"] < row["sft"] < row["corrector"]
     assert "a/small" in capsys.readouterr().out

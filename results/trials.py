@@ -78,9 +78,19 @@ class Anneal(train.Run):
                 tell(self.measure("player", split, stage=f"ufo-{t}"))
 
 
+def personal(A, shown, lists):
+    """How far each user's list is from the user's own history, (N,): the total variation between
+    their shares of groups (after Steck's calibration, 2018). MGU sees only the sums of all users.
+    """
+    own, its = (sums / count[:, None] for sums, count in (metrics.group_sums(A, x)
+                                                          for x in (lists, shown)))
+    return np.abs(own - its).sum(1) / 2
+
+
 class Unseen(train.Run):
     """The controller, and the bias of re-ranking, see the validation lists of every other user;
-    fairness on test is told of these users and of the others.
+    fairness on test is told of these users and of the others, and how far the lists of either are
+    from each user's own history.
     """
 
     def half(self, row, odd):
@@ -112,10 +122,15 @@ class Unseen(train.Run):
         for who, odd in (("seen", False), ("unseen", True)):
             user, shown, lists, target = self.half(row, odd)
             of = metrics.report(self.ds.credit, user, shown, lists, target, np.zeros(len(user)))
-            print(f"{name:>8} {who:>6}: {k} {of[k]:.4f} (floor {of['MGU_floor']:.4f})")
+            gap = personal(self.ds.credit, shown, lists)
+            print(f"{name:>8} {who:>6}: {k} {of[k]:.4f} (floor {of['MGU_floor']:.4f}), from each "
+                  f"user's own history {gap.mean():.4f}")
+            w = metrics.bootstrap_weights(user, 1000, np.random.default_rng(0))
             for other, its in others.items():
-                less = metrics.difference(self.ds.credit, user, shown, lists,
-                                          self.half(its, odd)[2], target)
+                its = self.half(its, odd)[2]
+                less = metrics.difference(self.ds.credit, user, shown, lists, its, target)
+                d = gap - personal(self.ds.credit, shown, its)
+                less["own history"] = d.mean(), *metrics.interval(w @ d / w.sum(1))
                 print(f"{'less ' + other:>15}: " + ", ".join(
                     f"{m} {x[0]:+.4f} [{x[1]:+.4f}, {x[2]:+.4f}]" for m, x in less.items()),
                     flush=True)
