@@ -75,7 +75,7 @@ class Config:
     round_iters: int = 150          # corrector steps a round, on as many fresh batches
     lr: float = 5e-5                # of the corrector
     branches: int = 8               # places in each window at which the game is played
-    num_negatives: int = 16         # S, items the opponent makes up at each place
+    num_negatives: int = 4          # S, items the opponent makes up at each place
     temperature: float = 1.0        # tau of the opponent's sampling
     lam: float = 1.0                # lambda of (6), (9): the strength of the anchor
     alpha: float = 1.0              # share of the opponent, not SFT, in the anchor; 1 is SPIN's
