@@ -479,7 +479,8 @@ class Run(machine.Resumable):
         items, logq_t, logq_sft = s["played"]
         for it in self.steps("correct", cfg.round_iters):
             b = slice(it * cfg.batch_size, (it + 1) * cfg.batch_size)
-            model = self.policies("player").eval()          # no dropout: f = 0 at the start
+            # the game has no dropout, so that f = 0 at the start; fine-tuning has SFT's
+            model = self.policies("player").train(cfg.loss == "sft")
             prompt = self.catalog.branches(windows[b], places[b], self.device, self.multiple)
             logq = selfplay.log_q(model, self.catalog.trie, prompt, items[b])      # (B, A, 1 + S)
             f = judger.score(logq, logq_t[b], logq_sft[b], cfg.lam, cfg.alpha).flatten(0, 1)
