@@ -82,6 +82,7 @@ class Config:
     gamma: float = 0.4              # gain of the controller (7); 0 turns the reweighting off
     accumulate: bool = True         # log v is the sum of all rounds' verdicts, not the last alone
     negatives: str = "sampled"      # from the opponent | its top S | uniform over the catalog
+    game_dropout: bool = False      # the corrector's steps have dropout too; f = 0 only without
     rerank: bool = False            # also add a group bias to SFT's and the kept round's lists
 
 
@@ -94,7 +95,7 @@ PRESETS = {
     "ml1m": dict(sft_iters=8000, eval_every=500, batch_size=32),
     "scratch": dict(dim=160, n_layers=3, n_heads=5, dropout=0.2, sft_full=True, history=30,
                     sft_window=31, sft_iters=2700, sft_lr=2e-3, eval_every=300, weight_decay=0.1,
-                    lr=1.5e-3, round_iters=80, lam=3.0, gamma=0.8),
+                    lr=1.5e-3, round_iters=80, lam=3.0, gamma=0.8, game_dropout=True),
 }
 # what a baseline or an ablation changes, over the same loop
 METHODS = {

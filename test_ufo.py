@@ -1021,7 +1021,8 @@ def test_options():
 
 
 SMALL = ["--pretrain_iters=20", "--sft_iters=20", "--eval_every=10", "--rounds=2",
-         "--round_iters=4", "--max_users=60", "--branches=3", "--num_negatives=4", "--dropout=0.2"]
+         "--round_iters=4", "--max_users=60", "--branches=3", "--num_negatives=4", "--dropout=0.2",
+         "--game_dropout=True"]
 
 
 def test_toy_end_to_end_and_bitwise_again(tmp_path, capsys):
@@ -1522,7 +1523,7 @@ def test_a_cpus_run_goes_on_on_a_pretended_gpu(tmp_path, request, monkeypatch):
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"ufo"}))
 def test_every_method_runs(tmp_path, method):
-    cfg = train.configure(["--method=" + method, *SMALL[:-3], "--rounds=1", "--max_users=30",
+    cfg = train.configure(["--method=" + method, *SMALL[:-4], "--rounds=1", "--max_users=30",
                            "--num_negatives=3", "--branches=2", f"--out_dir={tmp_path}"]
                           if method != "rerank" else ["--method=rerank", *SMALL[:3],
                                                       "--max_users=30", f"--out_dir={tmp_path}"])

@@ -479,8 +479,7 @@ class Run(machine.Resumable):
         items, logq_t, logq_sft = s["played"]
         for it in self.steps("correct", cfg.round_iters):
             b = slice(it * cfg.batch_size, (it + 1) * cfg.batch_size)
-            # the game has no dropout, so that f = 0 at the start; fine-tuning has SFT's
-            model = self.policies("player").train(cfg.loss == "sft")
+            model = self.policies("player").train(cfg.game_dropout)
             prompt = self.catalog.branches(windows[b], places[b], self.device, self.multiple)
             logq = selfplay.log_q(model, self.catalog.trie, prompt, items[b])      # (B, A, 1 + S)
             f = judger.score(logq, logq_t[b], logq_sft[b], cfg.lam, cfg.alpha).flatten(0, 1)
