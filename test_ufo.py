@@ -1028,7 +1028,8 @@ SMALL = ["--pretrain_iters=20", "--sft_iters=20", "--eval_every=10", "--rounds=2
 def test_toy_end_to_end_and_bitwise_again(tmp_path, capsys):
     results = []
     for name in ("a", "b"):
-        train.main(train.configure(SMALL + [f"--out_dir={tmp_path / name}"]))
+        train.main(train.configure([*SMALL, "--game_dropout=False",
+                                    f"--out_dir={tmp_path / name}"]))
         r = json.loads((tmp_path / name / "results.json").read_text())
         results.append(r)
         assert [row["stage"] for row in r["rows"]] == ["pretrained", "pretrained-vocab", "sft",
@@ -1041,7 +1042,7 @@ def test_toy_end_to_end_and_bitwise_again(tmp_path, capsys):
         events = {x["event"] for x in lines}
         assert {"pretrain", "sft", "eval", "correct", "round"} <= events
         first = next(x for x in lines if x["event"] == "correct")      # the player is its opponent:
-        assert first["loss"] == pytest.approx(math.log(5), abs=1e-4)   # f = 0, dropout or not
+        assert first["loss"] == pytest.approx(math.log(5), abs=1e-4)   # f = 0
     assert results[0] == results[1]
     assert not list(tmp_path.glob("*/checkpoint*"))
     # SFT's validation row is that of its best look, and is what measuring it again gives
@@ -1743,7 +1744,8 @@ def test_collapse_is_called_out(tmp_path, capsys):
 def test_memory_does_not_grow_from_round_to_round(tmp_path):
     """Tensors alive after rounds 2 and 4."""
     import gc
-    run = train.Run(train.configure([*SMALL, "--max_users=20", f"--out_dir={tmp_path}"]))
+    run = train.Run(train.configure([*SMALL, "--game_dropout=False", "--max_users=20",
+                                     f"--out_dir={tmp_path}"]))
     run.enter("sft")
     E_pre, alive = np.array(run.measure("pretrained", "val")["E"]), []
     run.measure("sft", "val")
