@@ -1608,14 +1608,13 @@ def test_trials_play_on_a_runs_sft(tmp_path, capsys):
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     low = next(r for r in rows if r["stage"] == "ufo-1")["less_sft"]["MGU@10"][1]
     for trial, said in (("average", f"mean 1-1 test, less SFT: .*MGU@10 .*{low:+.4f}"),
-                        ("anneal", "ufo-1 test, less SFT: HR@10"),
                         ("unseen", "ufo-1 unseen: MGU@10 .*\n.*less SFT: .*\n.*less rerank: HR")):
         capsys.readouterr()
         args = [trial, f"--sft_from={tmp_path}", f"--out_dir={tmp_path / trial}", *game]
         assert exit_code(trials.main, *args) == 0
         assert re.search(said, capsys.readouterr().out), trial
         assert exit_code(trials.main, *args, "--resume") == 2       # no trial goes on in its middle
-    assert exit_code(trials.main, "anneal", f"--out_dir={tmp_path / 'x'}") == 2
+    assert exit_code(trials.main, "unseen", f"--out_dir={tmp_path / 'x'}") == 2
     assert "give --sft_from=DIR" in capsys.readouterr().err
 
 

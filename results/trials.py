@@ -2,7 +2,6 @@
 
     python results/trials.py average --sft_from=DIR --out_dir=NEW     the player averaged over rounds
     python results/trials.py unseen  --sft_from=DIR --out_dir=NEW     judged on every other user only
-    python results/trials.py anneal  --sft_from=DIR --out_dir=NEW     the game's rate rises and falls
     ... --loss=hard                                   more weight on what the judger gets wrong
     ... --loss=pairs                                  every made-up item a pair of its own
 
@@ -42,12 +41,6 @@ def pairs(f, weights):
 corrector.LOSSES |= {"hard": hard, "pairs": pairs}
 
 
-def tell(row):
-    print(f"{row['stage']} {row['split']}, less SFT:", *(
-        f"{m} {x[0]:+.4f} [{x[1]:+.4f}, {x[2]:+.4f}]"
-        for m, x in row["less_sft"].items() if not m.startswith("DGU")), flush=True)
-
-
 class Average(train.Run):
     """Measures the last round, and the means of the adapters that several rounds ended with."""
 
@@ -60,22 +53,10 @@ class Average(train.Run):
             mean = [sum(p) / len(p) for p in zip(*ends[first - 1:last])]
             self.policies.tuned.load_adapter("player", mean)
             for split in ("val", "test"):
-                tell(self.measure("player", split, stage=f"mean {first}-{last}"))
-
-
-class Anneal(train.Run):
-    """The game's rate as SFT's: warm-up, then a cosine from --lr to a fiftieth over all rounds."""
-
-    def step(self, loss):
-        s, n = self.state, self.cfg.round_iters
-        train.set_lr(self.opt, self.cfg.lr, (s["round"] - 1) * n + s["it"], self.cfg.rounds * n)
-        return super().step(loss)
-
-    def game(self, E_pre):
-        for t in range(1, self.cfg.rounds + 1):
-            self.round(t, E_pre)
-            for split in ("val", "test"):
-                tell(self.measure("player", split, stage=f"ufo-{t}"))
+                row = self.measure("player", split, stage=f"mean {first}-{last}")
+                print(f"{row['stage']} {split}, less SFT:", *(
+                    f"{m} {x[0]:+.4f} [{x[1]:+.4f}, {x[2]:+.4f}]"
+                    for m, x in row["less_sft"].items() if not m.startswith("DGU")))
 
 
 def personal(A, shown, lists):
@@ -160,12 +141,12 @@ class Unseen(train.Run):
                       rerank=biased)
 
 
-TRIALS = {"average": Average, "anneal": Anneal, "unseen": Unseen}
+TRIALS = {"average": Average, "unseen": Unseen}
 
 
 def main(trial="", *argv):
     if trial not in TRIALS:
-        raise data.InputError(f"{trial!r}: the trials are {', '.join(TRIALS)}")
+        raise data.InputError(f"{trial!r}: the trials are {' and '.join(TRIALS)}")
     cfg = configure(argv)
     if cfg.resume or not cfg.sft_from:
         raise data.InputError("a trial begins from a run's SFT: give --sft_from=DIR, no --resume")
