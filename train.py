@@ -506,7 +506,8 @@ class Run(machine.Resumable):
                                   dtype=torch.float32, device=self.device)
         self.correct(windows, places, weights)
         loss, right = np.mean(s["losses"]), np.mean(s["right"])
-        begins = f" (from {math.log(1 + cfg.num_negatives):.3f})" if cfg.loss == "logistic" else ""
+        at_zero = cfg.loss == "logistic" and not (cfg.game_dropout and cfg.dropout)
+        begins = f" (from {math.log(1 + cfg.num_negatives):.3f})" if at_zero else ""
         print(f"round {t}: play and correct: loss {loss:.3f}{begins}, judger right on {right:.3f} "
               f"of pairs")
         for split in ("val", "test"):
