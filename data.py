@@ -505,11 +505,12 @@ def toy_world(seed=0, holdout=1, n_users=900, per_genre=50, skew=0.45):
         """A title for each of the genres in turn, none twice, drawn by how well `known` (I,) they
         are.
         """
-        listed = []
+        listed, left = [], known.copy()
         for g in genres:
-            p = known[of_genre[g]] * ~np.isin(of_genre[g], listed)
+            p = left[of_genre[g]]
             if p.any():
                 listed.append(int(rng.choice(of_genre[g], p=p / p.sum())))
+                left[listed[-1]] = 0
         return np.array(listed)
 
     def user():
