@@ -1,6 +1,6 @@
 """nanoUFO: pretrain -> SFT -> self-play, and the table of what each did to accuracy and fairness.
 
-    python train.py                     the toy world, CPU, under three minutes
+    python train.py                     the toy world, CPU, two to five minutes
     python train.py --dataset=ml100k    SmolLM2-135M on MovieLens-100K (ml1m: MovieLens-1M); one GPU
 
 Options are --key=value over config.py's Config. Equation numbers are those of the README.
