@@ -1,6 +1,6 @@
 """How fast are the three hot paths, against the usual way of doing the same thing?
 
-    python bench.py                     SmolLM2-135M's shape; under five minutes on two cores
+    python bench.py                     SmolLM2-135M's shape; five to eight minutes on two cores
     python bench.py --sweep=True        how the cost grows with catalog, history and S instead
     python bench.py --memory=True       what training takes of a card's memory, for larger bases too
     python bench.py --out=bench.json    the figures as JSON too
