@@ -1624,6 +1624,15 @@ def test_trials_play_on_a_runs_sft(tmp_path, capsys):
         assert exit_code(trials.main, *args, "--resume") == 2       # no trial goes on in its middle
     assert exit_code(trials.main, "unseen", f"--out_dir={tmp_path / 'x'}") == 2
     assert "give --sft_from=DIR" in capsys.readouterr().err
+    other = tmp_path / "more"
+    train.main(train.configure([f"--sft_from={tmp_path}", f"--out_dir={other}", "--method=sft-more",
+                                *game]))
+    its = json.loads((other / "results.json").read_text())["rows"]
+    at = [next(r for r in x if r["stage"] == "ufo-1")["MGU@10"] for x in (rows, its)]
+    assert at[0] != at[1] and exit_code(trials.main, "versus", tmp_path, other) == 0
+    assert re.search(re.escape(f"test, less {other}: ") + ".*MGU@10 "
+                     + re.escape(f"{at[0] - at[1]:+.4f}"), capsys.readouterr().out)
+    assert exit_code(trials.main, "versus", tmp_path) == 2
 
 
 def test_an_sft_that_could_not_be_kept_is_not_made_of_the_game(tmp_path, monkeypatch):

@@ -1,11 +1,12 @@
 """Trials reported in results/README.md that are no options of train.py.
 
-    python results/trials.py average --sft_from=DIR --out_dir=NEW     the player averaged over rounds
-    python results/trials.py unseen  --sft_from=DIR --out_dir=NEW     judged on every other user only
+    python results/trials.py average --sft_from=DIR --out_dir=NEW   the player averaged over rounds
+    python results/trials.py unseen  --sft_from=DIR --out_dir=NEW   judged on every other user only
     ... --loss=hard                                   more weight on what the judger gets wrong
     ... --loss=pairs                                  every made-up item a pair of its own
+    python results/trials.py versus DIR OTHER ...     what finished runs kept, paired by user
 
-DIR: the folder of a run, whose SFT the game begins from. Other options as for train.py, but
+--sft_from: the folder of a run, whose SFT the game begins from. Other options as for train.py, but
 --resume: a trial that was stopped starts anew, in a new folder.
 """
 
@@ -141,12 +142,30 @@ class Unseen(train.Run):
                       rerank=biased)
 
 
+def versus(*folders):
+    """Print what model.pt of the first finished run measures less what the others' do."""
+    if len(folders) < 2:
+        raise data.InputError("versus: name the folders of two finished runs, or more")
+    runs = [train.trained(folder) for folder in folders]
+    if any((x.made_of(), x.cfg.seed) != (runs[0].made_of(), runs[0].cfg.seed) for x in runs):
+        raise data.InputError("versus: these runs are not of the same data, base and seed")
+    for run in runs:                    # no folder was opened: nothing to save, nowhere to log
+        run.breathe, run.log = lambda: None, lambda **line: None
+    for split in ("val", "test"):
+        first, *others = (run.measure("player", split) for run in runs)
+        for folder, row in zip(folders[1:], others):
+            print(f"{split}, less {folder}:", *(f"{m} {x[0]:+.4f} [{x[1]:+.4f}, {x[2]:+.4f}]"
+                                                for m, x in runs[0].difference(first, row).items()))
+
+
 TRIALS = {"average": Average, "unseen": Unseen}
 
 
 def main(trial="", *argv):
+    if trial == "versus":
+        return versus(*argv)
     if trial not in TRIALS:
-        raise data.InputError(f"{trial!r}: the trials are {' and '.join(TRIALS)}")
+        raise data.InputError(f"{trial!r}: the trials are versus, {' and '.join(TRIALS)}")
     cfg = configure(argv)
     if cfg.resume or not cfg.sft_from:
         raise data.InputError("a trial begins from a run's SFT: give --sft_from=DIR, no --resume")
