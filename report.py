@@ -332,20 +332,21 @@ def draw_tradeoff(found, path, measured=""):
         ax.annotate(name, (x, y), xytext=label_at, textcoords="offset points", fontsize=8.5,
                     color=color)
         return x, y
-    start = put(runs, "sft", "SFT", INK["sft"], "o")
+    start = put(runs, "sft", "SFT", INK["sft"], "o", (-9, -14))
     biased = [runs for runs in grid.values() if len(rows_of(runs, "sft+rerank")) == seeds]
     if biased:
-        put(biased[0], "sft+rerank", "rerank", INK["history"], "s", (6, -12))
+        put(biased[0], "sft+rerank", "rerank", INK["history"], "s", (6, -13))
     for cell, runs in grid.items():
         rounds = next(iter(runs.values()))["config"]["rounds"]
         if cell == "ufo" + measured:
-            ways = [put(runs, f"ufo-{t + 1}", f"ufo-{t + 1}", INK["ufo"], "D", (6, -13))
+            ways = [put(runs, f"ufo-{t + 1}", f"ufo-{t + 1}", INK["ufo"], "D", (-14, -17))
                     for t in range(rounds)]
             ax.plot(*np.transpose([start, *ways]), "-", color=INK["ufo"], lw=1.5, zorder=1)
         elif rounds:
             put(runs, last, cell.removesuffix(measured), INK["pretrained"], "s")
         if rounds:
-            put(runs, reranked, f"{cell.removesuffix(measured)}, then rerank", INK["history"], "s")
+            put(runs, reranked, f"{cell.removesuffix(measured)}, then rerank", INK["history"], "s",
+                (6, 9))
     ax.set_xlabel(f"MGU@{k}{measured.replace('+', ', ')}, per cent (left is fairer)")
     ax.set_ylabel(f"HR@{k} (up is better)")
     ax.set_title(f"Unfairness and accuracy on the test item, seeds: {seeds} (bars: standard error "
