@@ -1633,6 +1633,10 @@ def test_trials_play_on_a_runs_sft(tmp_path, capsys):
     assert re.search(re.escape(f"test, less {other}: ") + ".*MGU@10 "
                      + re.escape(f"{at[0] - at[1]:+.4f}"), capsys.readouterr().out)
     assert exit_code(trials.main, "versus", tmp_path) == 2
+    saved = torch.load(other / "model.pt", weights_only=True)
+    torch.save(saved | {"config": saved["config"] | {"holdout": 2}}, other / "model.pt")
+    assert exit_code(trials.main, "versus", tmp_path, other) == 2
+    assert "not the same --holdout" in capsys.readouterr().err
 
 
 def test_an_sft_that_could_not_be_kept_is_not_made_of_the_game(tmp_path, monkeypatch):

@@ -143,12 +143,17 @@ class Unseen(train.Run):
 
 
 def versus(*folders):
-    """Print what model.pt of the first finished run measures less what the others' do."""
+    """Print what model.pt of the first finished run measures less what the others' do, by the
+    first's groups and without the bias of re-ranking.
+    """
     if len(folders) < 2:
         raise data.InputError("versus: name the folders of two finished runs, or more")
     runs = [train.trained(folder) for folder in folders]
-    if any((x.made_of(), x.cfg.seed) != (runs[0].made_of(), runs[0].cfg.seed) for x in runs):
-        raise data.InputError("versus: these runs are not of the same data, base and seed")
+    for key in ("seed", "holdout", "eval_users", "topk"):
+        if len({getattr(run.cfg, key) for run in runs}) > 1:
+            raise data.InputError(f"versus: these runs have not the same --{key}")
+    if any(run.made_of() != runs[0].made_of() for run in runs):
+        raise data.InputError("versus: these runs are not of the same data and base")
     for run in runs:                    # no folder was opened: nothing to save, nowhere to log
         run.breathe, run.log = lambda: None, lambda **line: None
     for split in ("val", "test"):
