@@ -1632,7 +1632,24 @@ def test_trials_play_on_a_runs_sft(tmp_path, capsys):
     assert at[0] != at[1] and exit_code(trials.main, "versus", tmp_path, other) == 0
     assert re.search(re.escape(f"test, less {other}: ") + ".*MGU@10 "
                      + re.escape(f"{at[0] - at[1]:+.4f}"), capsys.readouterr().out)
-    assert exit_code(trials.main, "versus", tmp_path) == 2
+    bands = tmp_path / "bands"
+    train.main(train.configure([f"--sft_from={tmp_path}", f"--out_dir={bands}", "--rounds=0",
+                                "--group_by=popularity"]))
+    row, = [r for r in json.loads((bands / "results.json").read_text())["rows"]
+            if r["stage"] == "sft"]
+    capsys.readouterr()
+    assert exit_code(trials.main, "versus", bands, tmp_path) == 0
+    own = capsys.readouterr().out
+    assert f"MGU@10 {row['MGU@10']:.4f}" in own
+    assert exit_code(trials.main, "versus", bands, tmp_path, "--group_by=popularity") == 0
+    differ = lambda text: re.findall("less .*", text)
+    assert differ(capsys.readouterr().out) == differ(own)       # the first's groups, both times
+    assert exit_code(trials.main, "versus", tmp_path, bands, "--group_by=popularity") == 0
+    turned = capsys.readouterr().out
+    assert re.search("test, less .*MGU@10 (.{7})", own)[1] == (
+        lambda x: f"{-float(x):+.4f}")(re.search("test, less .*MGU@10 (.{7})", turned)[1])
+    for args in ([tmp_path], [tmp_path, other, "--topk=5"], [tmp_path, other, "--group_by=size"]):
+        assert exit_code(trials.main, "versus", *args) == 2
     saved = torch.load(other / "model.pt", weights_only=True)
     torch.save(saved | {"config": saved["config"] | {"holdout": 2}}, other / "model.pt")
     assert exit_code(trials.main, "versus", tmp_path, other) == 2

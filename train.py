@@ -559,8 +559,10 @@ class Run(machine.Resumable):
                 "popularity": row}
 
 
-def trained(out_dir):
-    """The finished run in a folder, ready to be asked: a Run with data, catalog and policies."""
+def trained(out_dir, **options):
+    """The finished run in a folder, ready to be asked: a Run with data, catalog and policies.
+    options: of its configuration, those to be other than they were (what is measured, say).
+    """
     path = Path(out_dir) / "model.pt"
     if not path.exists():
         raise data.InputError(f"{path}: no such file; train.py writes it at the end of a run")
@@ -569,7 +571,7 @@ def trained(out_dir):
     except Exception as e:              # torch's, zipfile's and pickle's, which share no parent
         raise data.InputError(f"{path}: damaged ({type(e).__name__}); train again") from None
     here = {"out_dir": str(out_dir), "device": "auto", "dtype": "auto"}
-    run = Run(Config(**saved["config"] | here), begin=False)
+    run = Run(Config(**saved["config"] | here | options), begin=False)
     for stage in ("pretrain", "sft", "game"):
         run.enter(stage)
     run.load_weights(saved)

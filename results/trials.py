@@ -5,6 +5,7 @@
     ... --loss=hard                                   more weight on what the judger gets wrong
     ... --loss=pairs                                  every made-up item a pair of its own
     python results/trials.py versus DIR OTHER ...     what finished runs kept, paired by user
+    ... --group_by=popularity                         and measured by other groups
 
 --sft_from: the folder of a run, whose SFT the game begins from. Other options as for train.py, but
 --resume: a trial that was stopped starts anew, in a new folder.
@@ -23,7 +24,7 @@ import data
 import judger
 import metrics
 import train
-from config import configure, exit_code
+from config import Config, check, configure, exit_code, parse
 
 
 def hard(f, weights):
@@ -142,13 +143,18 @@ class Unseen(train.Run):
                       rerank=biased)
 
 
-def versus(*folders):
+def versus(*argv):
     """Print what model.pt of the first finished run measures less what the others' do, by the
-    first's groups and without the bias of re-ranking.
+    first's groups (or --group_by) and without the bias of re-ranking.
     """
+    options = parse([str(a) for a in argv if str(a).startswith("--")], Config)
+    folders = [a for a in argv if not str(a).startswith("--")]
     if len(folders) < 2:
         raise data.InputError("versus: name the folders of two finished runs, or more")
-    runs = [train.trained(folder) for folder in folders]
+    if set(options) - {"group_by"}:
+        raise data.InputError("versus: its one option is --group_by")
+    check(Config(**options))
+    runs = [train.trained(folder, **options) for folder in folders]
     for key in ("seed", "holdout", "eval_users", "topk"):
         if len({getattr(run.cfg, key) for run in runs}) > 1:
             raise data.InputError(f"versus: these runs have not the same --{key}")
