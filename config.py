@@ -77,7 +77,7 @@ class Config:
     branches: int = 8               # places in each window at which the game is played
     num_negatives: int = 4          # S, items the opponent makes up at each place
     temperature: float = 1.0        # tau of the opponent's sampling
-    lam: float = 1.0                # lambda of (6), (9): the strength of the anchor
+    lam: float = 3.0                # lambda of (6), (9): the strength of the anchor
     alpha: float = 1.0              # share of the opponent, not SFT, in the anchor; 1 is SPIN's
     gamma: float = 0.4              # gain of the controller (7); 0 turns the reweighting off
     accumulate: bool = True         # log v is the sum of all rounds' verdicts, not the last alone
@@ -90,12 +90,12 @@ class Config:
 PRESETS = {
     "toy": dict(init_from="scratch", history=15, batch_size=32, eval_batch=200, pretrain_iters=700,
                 sft_window=16, sft_iters=180, sft_lr=3e-3, eval_every=180,
-                rounds=3, round_iters=30, lr=3e-4, num_negatives=8, gamma=0.5),
+                rounds=3, round_iters=30, lr=3e-4, num_negatives=8, lam=1.0, gamma=0.5),
     "ml100k": dict(),
     "ml1m": dict(sft_iters=8000, eval_every=500, batch_size=32),
     "scratch": dict(dim=160, n_layers=3, n_heads=5, dropout=0.2, sft_full=True, history=30,
                     sft_window=31, sft_iters=2700, sft_lr=2e-3, eval_every=300, weight_decay=0.1,
-                    lr=1.5e-3, round_iters=80, lam=3.0, gamma=0.8, game_dropout=True),
+                    lr=1.5e-3, round_iters=80, gamma=0.8, game_dropout=True),
 }
 # what a baseline or an ablation changes, over the same loop
 METHODS = {
