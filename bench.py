@@ -152,8 +152,9 @@ class World:
 
 
 def twin(model):
-    """The same model as a transformers LlamaForCausalLM: its modules are its own, all weights,
-    adapters too, are ours (so gradients land in the same place).
+    """The same model as a transformers LlamaForCausalLM: its attention and norms are its own,
+    all weights and the linear layers with their adapters are ours (so gradients land in the same
+    place).
     """
     import transformers
     c = model.config
@@ -284,8 +285,7 @@ def our_topk(model, world, histories, k=10, width=8):
 
 def gradient(world, compute):
     """compute() -> (loss, the player's gradient as one vector)."""
-    for p in world.model.parameters():
-        p.grad = None
+    world.model.zero_grad()
     loss = compute()
     if loss.requires_grad:
         loss.backward()

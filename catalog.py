@@ -214,12 +214,11 @@ class Trie:
         item = np.array([end_of.get(v, -1) for v in order])
         count = np.array([len(kids[v]) for v in order])
         depth, size = np.zeros(N, int), np.ones(N, int)
-        for v in range(1, N):
-            depth[v] = depth[parent[v]] + 1
         for v in range(N - 1, 0, -1):
             size[parent[v]] += size[v]
         enter, free = np.zeros(N, int), np.ones(N, int)                # depth-first numbers
         for v in range(1, N):
+            depth[v] = depth[parent[v]] + 1
             enter[v] = enter[parent[v]] + free[parent[v]]
             free[parent[v]] += size[v]
         path = np.full((I, depth.max()), -1)
@@ -274,7 +273,6 @@ class Trie:
             for key, value in vars(holder).items():
                 if torch.is_tensor(value):
                     setattr(holder, key, value.to(device))
-        return self
 
 
 # ---------------------------------------------------------------------- documents and batches
@@ -328,17 +326,13 @@ class Catalog:
         hidden state that predicts it, the trie node it is made at (R,) and the child taken (R,);
         and the number of titles predicted.
         """
-        mode, docs, at, items = self.trie.modes["trie"], [], [], []
-        for w in windows:
-            ids, starts = self.document(w)
-            docs.append(ids)
-            at.append(np.array(starts[1:]))
-            items.append(np.asarray(w[1:]))
+        mode, (docs, starts) = self.trie.modes["trie"], zip(*(self.document(w) for w in windows))
         tokens = pad(docs, multiple)
-        items = torch.as_tensor(np.concatenate(items), device=device)
+        items = torch.as_tensor(np.concatenate([w[1:] for w in windows]), device=device)
         node, child = mode.step_node[items], mode.step_child[items]                    # (titles, J)
         # predicted from the token before the title, and on by the title's own tokens so far
-        at = np.concatenate([b * tokens.shape[1] + s - 1 for b, s in enumerate(at)])
+        at = np.concatenate([b * tokens.shape[1] + np.array(s[1:]) - 1
+                             for b, s in enumerate(starts)])
         at = torch.as_tensor(at, device=device)[:, None] + self.trie.depth[node]
         keep = node >= 0
         return tokens.to(device), at[keep], node[keep], child[keep], len(items)
@@ -348,11 +342,8 @@ def pad(docs, multiple=1):
     """Lists of ids -> (B, L) int64, zeros on the right; L rounded up so that a compiled model sees
     few shapes.
     """
-    L = -(-max(map(len, docs)) // multiple) * multiple
-    out = torch.zeros(len(docs), L, dtype=torch.long)
-    for row, d in zip(out, docs):
-        row[:len(d)] = torch.as_tensor(d)
-    return out
+    out = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(d) for d in docs], batch_first=True)
+    return torch.nn.functional.pad(out, (0, -out.shape[1] % multiple))
 
 
 def training_batches(histories, size, batch_size, tokens, rng):

@@ -124,11 +124,11 @@ AT_LEAST = dict(
     holdout=1, max_users=0, train_users=0, eval_users=0, vocab_users=0, history=1, topk=1,
     batch_size=1, eval_batch=1, dropout=0, lora_rank=1, sft_window=2, seed=0, save_every=0,
     weight_decay=0, sft_iters=0, eval_every=1, patience=0, pretrain_iters=0, rounds=0,
-    round_iters=1, branches=1, num_negatives=1, gamma=0, alpha=0)
+    round_iters=1, branches=1, num_negatives=1, gamma=0, alpha=0, dim=2, n_layers=1, n_heads=1)
 
 
-# options that do not change a result: where it is kept, how safely, and in how much memory
-PLACES = ("out_dir", "data_dir", "resume", "sft_from", "save_every", "recompute")
+# options that do not change a result: where it is kept and told, how safely, in how much memory
+PLACES = ("out_dir", "data_dir", "resume", "sft_from", "save_every", "track", "recompute")
 # those that --sft_from leaves free: what is measured, and the game
 MEASURED = ("group_by", "target", "eval_users")
 GAME = tuple(itertools.dropwhile(lambda k: k != "method", Config.__dataclass_fields__))
@@ -141,7 +141,7 @@ def nearest(word, options):
 
 def parse(argv, options):
     """['--key=value', ...] -> {key: value} with the types of the fields of the dataclass `options`;
-    --key alone is --key=True. InputError in a line.
+    --key alone is --key=True for a bool. InputError in a line.
     """
     fields = {f.name: f for f in dataclasses.fields(options)}
     typed = {}
@@ -234,7 +234,7 @@ def exit_code(work, *args):
         work(*args)
         return 0
     except (data.InputError, torch.OutOfMemoryError, OSError) as e:
-        why = str(e).splitlines()[0]
+        why = str(e).partition("\n")[0]
         if isinstance(e, torch.OutOfMemoryError):
             why += (" Lower --batch_size (training) or --eval_batch (search and play), or go on "
                     "with --resume --recompute=True")

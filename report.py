@@ -28,12 +28,11 @@ from model import save_peft
 
 def origin_report(run, pre, sft, end):
     """Equation (5), per group and in words. -> the `origins` of results.json."""
-    ds, history = run.ds, run.cfg.history
-    user, shown, _ = run.cases["test"]
+    ds, (user, history, _) = run.ds, run.cases["test"]
     star, E_pre, E_sft, E_ufo = map(np.array, (sft["E_star"], pre["E"], sft["E"], end["E"]))
     o = judger.origins(star, E_pre, E_sft)
-    shown = [h[-history:] for h in shown]
-    sums = [metrics.group_sums(ds.credit, x) for x in (shown, pre["lists"], sft["lists"])]
+    sums = [metrics.group_sums(ds.credit, x)
+            for x in (run.shown(history), pre["lists"], sft["lists"])]
     debiased, ci = judger.covariance_debiased(*sums, user, judger.TARGETS[run.cfg.target])
     print(f"\nWhere the unfairness comes from (test; exposure in per cent; pretrained: "
           f"over={pre['over']})")
@@ -126,7 +125,7 @@ def finish(run, end):
         "skipped_steps": run.state["skipped"],
         "validation": [strip(r) for r in run.state["measured"].values() if r["split"] == "val"]}
     model = io.BytesIO()                # torch's own writing to a full disk is no OSError
-    torch.save({"config": dataclasses.asdict(cfg)} | run.weights(), model)
+    torch.save({"config": dataclasses.asdict(cfg), "made_of": run.made_of()} | run.weights(), model)
     try:
         if cfg.init_from != "scratch":
             # a stand-in is not what init_from names: say which
@@ -167,12 +166,12 @@ def cells(found, only=None):
     """
     grid = {}
     for name in sorted(found):
-        cell, _, seed = name.replace("+rerank=True", "").rpartition("-")
+        cell, _, seed = re.sub(r"\+rerank(=True)?(?=[+-])", "", name).rpartition("-")
         method, *options = cell.split("+")
         measured = "".join(f"+{x}" for x in options if x.partition("=")[0] in MEASURED)
         if only in (None, measured) and (only is None or cell == method + measured):
             runs = grid.setdefault((cell, measured), {})
-            if seed not in runs or "+rerank=True" in name:
+            if seed not in runs or "+rerank" in name:
                 runs[seed] = found[name]
     return grid
 
@@ -245,9 +244,7 @@ def table(found):
 
 def save(found, path):
     """A grid's results in one JSON file, numbers to six digits."""
-    short = lambda x: ({k: short(v) for k, v in x.items()} if isinstance(x, dict) else
-                       [short(v) for v in x] if isinstance(x, list) else
-                       float(f"{x:.6g}") if isinstance(x, float) else x)
+    short = lambda x: json.loads(json.dumps(x), parse_float=lambda f: float(f"{float(f):.6g}"))
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"{json.dumps(name)}: {json.dumps(short(found[name]))}" for name in sorted(found)]
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")

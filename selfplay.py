@@ -70,11 +70,11 @@ def decide(model, trie, hidden, nodes, over):
     return children, among - (among if over == "trie" else logits).logsumexp(-1, keepdim=True)
 
 
-def step_log_prob(model, trie, hidden, nodes, child, over="trie"):
+def step_log_prob(model, trie, hidden, nodes, child):
     """log-probability of taking `child` (R,) at the decisions `nodes` (R,), given their hidden
     states (R,D) -> (R,).
     """
-    _, step = decide(model, trie, hidden, nodes, over)
+    _, step = decide(model, trie, hidden, nodes, "trie")
     return step.gather(1, (child - trie.first[nodes])[:, None])[:, 0]
 
 

@@ -6,10 +6,19 @@ hand.
 
 import copy
 import functools
+import gc
+import hashlib
+import io
 import json
 import math
 import os
+import random
 import re
+import signal
+import subprocess
+import sys
+import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -18,9 +27,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")     # as train.py does, and why
 import numpy as np
 import pytest
 import torch
+import transformers
 
+import bench
 import corrector
 import data
+import grid
 import judger
 import machine
 import metrics
@@ -32,6 +44,7 @@ from catalog import (Catalog, Trie, draw_places, model_tokenizer, tiktoken_from,
                      word_tokenizer)
 from config import METHODS, exit_code, parse
 from model import Model, ModelConfig, from_hf
+from results import trials
 
 torch.set_num_threads(2)
 toy_world = functools.cache(data.toy_world)     # made once for all tests: two seconds each
@@ -60,11 +73,11 @@ def toy():
     return ds, Catalog(ds.titles, ds.header, tok, history=12), random_model(tok.vocab_size)
 
 
-def log_q_one_by_one(model, catalog, history_tokens, item, over="trie"):
+def log_q_one_by_one(model, catalog, history_tokens, item, over="trie", tau=1.0):
     """The twin of every scoring path: the whole prompt again for every token of one title."""
     trie, ids, node, total = catalog.trie, list(history_tokens), 0, 0.0
     for t in catalog.tokens[item]:
-        logits = model.logits(model(torch.tensor([ids])))[0, -1]
+        logits = model.logits(model(torch.tensor([ids])))[0, -1] / tau
         children = torch.arange(trie.first[node], trie.first[node + 1])
         norm = logits.logsumexp(0) if over == "vocab" else logits[trie.token[children]].logsumexp(0)
         total = total + logits[t] - norm
@@ -75,14 +88,11 @@ def log_q_one_by_one(model, catalog, history_tokens, item, over="trie"):
 # ---------------------------------------------------------------------- model.py
 
 def hf_pair(kind, **kw):
-    import transformers
     common = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
                   num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=512) | kw
     torch.manual_seed(1)
-    if kind == "llama":
-        hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(**common)).eval()
-    else:
-        hf = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**common)).eval()
+    hf = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(kind, **common)).eval()
     with torch.no_grad():
         for p in hf.parameters():
             p.add_(torch.randn_like(p) * 0.1)                          # biases and norms too
@@ -120,7 +130,6 @@ def test_logits_equal_transformers(kind, kw):
 
 
 def test_unsupported_architecture_is_named():
-    import transformers
     with pytest.raises(ValueError, match="gpt2"):
         from_hf(transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=20, n_embd=8,
             n_layer=1, n_head=2)))
@@ -216,7 +225,7 @@ def test_flops_against_a_count_by_torch():
 
 # ---------------------------------------------------------------------- the tokenizer
 
-def bpe_tokenizer(pre, **kw):
+def bpe_tokenizer(pre):
     """A byte-level BPE trained on the spot, as transformers wraps it, special tokens first (as in
     SmolLM2).
     """
@@ -229,7 +238,7 @@ def bpe_tokenizer(pre, **kw):
     t.train_from_iterator(corpus, trainers.BpeTrainer(
         vocab_size=420, special_tokens=["<|endoftext|>", "<|im_start|>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=t, **kw)
+    return PreTrainedTokenizerFast(tokenizer_object=t)
 
 
 def pre_tokenizer_kinds():
@@ -373,19 +382,8 @@ def test_sampling_frequencies(tau):
     n = 20000
     got = torch.bincount(selfplay.Search(model, trie, prompt).sample(n, tau,
         torch.Generator().manual_seed(0))[0], minlength=5) / n
-    if tau == 1:
-        want = selfplay.Search(model, trie, prompt).score(torch.arange(5)[None]).exp()[0]
-    else:                                                              # tempered at every decision
-        want = torch.ones(5)
-        for i in range(5):
-            ids, node = catalog.document([3, 0])[0], 0
-            for t in catalog.tokens[i]:
-                children = torch.arange(trie.first[node], trie.first[node + 1])
-                p = (model.logits(model(torch.tensor([ids])))[0, -1][trie.token[children]]
-                     / tau).softmax(0)
-                hit = trie.token[children] == t
-                want[i] *= float(p[hit])
-                node, ids = int(children[hit]), ids + [t]
+    want = torch.stack([log_q_one_by_one(model, catalog, catalog.document([3, 0])[0], i, tau=tau)
+                        for i in range(5)]).exp()           # tempered at every decision
     assert (got - want).abs().max() < 4 * math.sqrt(0.25 / n)
     assert abs(float(want.sum()) - 1) < 1e-5
 
@@ -720,7 +718,6 @@ def test_zip_is_checked_and_unpacked_by_name(tmp_path, monkeypatch):
     with pytest.raises(data.InputError, match="md5"):
         data.fetch_movielens("ml-1m", tmp_path)
     assert not (tmp_path / "ml-1m").exists()
-    import hashlib
     monkeypatch.setitem(data.ML_MD5, "ml-1m",
                         hashlib.md5((tmp_path / "ml-1m.zip").read_bytes()).hexdigest())
     folder = data.fetch_movielens("ml-1m", tmp_path)
@@ -732,7 +729,6 @@ def test_a_truncated_zip_is_named(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "ml-1m.zip", "w") as z:
         z.writestr("ml-1m/ratings.dat", "x" * 1000)
     raw = (tmp_path / "ml-1m.zip").read_bytes()
-    import hashlib
     for content, why in ((raw[:-40], "not a readable zip"), (raw, "no movies.dat in it")):
         (tmp_path / "ml-1m.zip").write_bytes(content)
         monkeypatch.setitem(data.ML_MD5, "ml-1m", hashlib.md5(content).hexdigest())
@@ -742,10 +738,6 @@ def test_a_truncated_zip_is_named(tmp_path, monkeypatch):
 
 def test_two_runs_that_fetch_at_once_do_not_break_each_other(tmp_path, monkeypatch):
     """Eight threads, one slow download: every one of them ends up with the whole file."""
-    import hashlib
-    import io
-    import threading
-    import time
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as z:
         for name in data.ML_FILES["ml-1m"]:
@@ -1019,9 +1011,11 @@ def test_options():
                      ("--seed=-1", "seed"), ("--dataset=no/such/folder", "no such folder"),
                      ("--dim=30", "twice"), ("--dropout=1", "dropout"), ("--rounds", "int"),
                      ("--weight_decay=-1", "weight_decay"), ("--tokens=item", "items"),
+                     ("--n_heads=0", "n_heads"), ("--dim=0", "dim"), ("--n_layers=0", "n_layers"),
                      ("--device=gpu", "cpu"), ("--dtype=fp16", "float16")):
         with pytest.raises(data.InputError, match=why):
             train.configure([bad])
+    assert exit_code(lambda: (_ for _ in ()).throw(OSError())) == 2     # an error without words
 
 
 SMALL = ["--pretrain_iters=20", "--sft_iters=20", "--eval_every=10", "--batch_size=8",
@@ -1079,23 +1073,34 @@ def test_toy_end_to_end_and_bitwise_again(tmp_path, capsys):
         assert exit_code(recommend.main, bad) == 2 and why in capsys.readouterr().err
 
 
+def test_a_trained_model_is_asked_about_its_own_titles_only(tmp_path, capsys):
+    folder, out = own_folder(tmp_path / "own"), f"--out_dir={tmp_path / 'out'}"
+    assert train.cli([f"--dataset={folder}", out, "--init_from=scratch", "--tokens=items",
+                      "--sft_iters=2", "--rounds=0", "--vocab_users=0", "--topk=3"]) == 0
+    ask = [out, "--topk=3", "--user=ann1"]
+    assert exit_code(recommend.main, ask) == 0
+    head, *lines = (folder / "items.csv").read_text().splitlines()
+    (folder / "items.csv").write_text("\n".join([head, *lines[::-1]]))  # the numbers turned round
+    capsys.readouterr()
+    assert exit_code(recommend.main, ask) == 2
+    assert re.search(r"model.pt was made of scratch, 9 titles \(.*; here is scratch, 9 titles",
+                     capsys.readouterr().err)
+
+
 def test_titles_are_found_kindly():
-    from recommend import find
     titles = ["The Ice Storm", "Sabrina (1954)", "Sabrina (1995)", "La Cité des enfants perdus",
               "Heat"]
     years = ["1997", "1954", "1995", "1995", "1995"]
     for text, want in (("ice storm, the", 0), ("Ice Storm, The (1997)", 0), ("HEAT (1995)", 4),
                        ("Sabrina (1995)", 2), ("la cite des enfants perdus", 3)):
-        assert find(text, titles, years) == want, text
+        assert recommend.find(text, titles, years) == want, text
     for text, why in (("Sabrina", "add the year"), ("Heat (1986)", "no title"),
                       ("The Icestorm", "did you mean The Ice Storm")):
         with pytest.raises(data.InputError, match=why):
-            find(text, titles, years)
+            recommend.find(text, titles, years)
 
 
 def train_py(*args):
-    import subprocess
-    import sys
     return subprocess.Popen([sys.executable, "train.py", *args], stdout=subprocess.PIPE, text=True,
                             stderr=subprocess.STDOUT,
                             env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "2"})
@@ -1105,9 +1110,6 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_never_was(tmp_path):
     """SIGKILL six times, Ctrl-C once: the same results.json, byte for byte, and the same log but
     for its minutes. On two threads.
     """
-    import random
-    import signal
-    import time
     small = [*SMALL, "--max_users=40", "--save_every=0"]
     whole, broken, random_ = tmp_path / "whole", tmp_path / "broken", random.Random(0)
     run = train_py(*small, f"--out_dir={whole}")
@@ -1151,9 +1153,6 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_never_was(tmp_path):
 def test_resume_refuses_other_options_and_survives_damage(tmp_path, capsys):
     out = tmp_path / "out"
 
-    class Enough(Exception):
-        pass
-
     def unfinished():
         run = train.Run(train.configure([*SMALL, f"--out_dir={out}"]))
         for _ in range(2):
@@ -1182,19 +1181,22 @@ def test_resume_keeps_its_places_and_its_data(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "log.jsonl").write_text("a finished run's\n" * 99)           # of no run that goes on
+    (out / "results.json").write_text("{}")
     run = train.Run(train.configure([*SMALL, f"--out_dir={out}", "--data_dir=elsewhere",
                                      "--save_every=7"]))
     run.save()
     assert machine.read_checkpoint(out)["log_size"] == 0
-    cfg = train.configure(["--resume", f"--out_dir={out}"])
+    assert not (out / "results.json").exists()      # or --resume would call this run finished
+    cfg = train.configure(["--resume", f"--out_dir={out}", "--track=tensorboard"])
     assert cfg.data_dir == "elsewhere" and cfg.save_every == 7
+    cfg.track = ""
     assert train.configure(["--resume", f"--out_dir={out}", "--save_every=8"]).save_every == 8
     run.source = "another base"
     run.save()
     with pytest.raises(data.InputError, match="another run is at work there"):
         train.Run(cfg)
     run.log_file.close()
-    with pytest.raises(data.InputError, match="was begun on .'another base', 250"):
+    with pytest.raises(data.InputError, match="was made of another base, 250 titles"):
         train.Run(cfg)
 
 
@@ -1257,7 +1259,6 @@ def test_ml1m_end_to_end_for_a_few_steps(tmp_path, monkeypatch):
     assert saved["tuned"] and all("lora_" in k for k in saved["tuned"])
     # the adapter opens in PEFT, on the model it was trained on, with the same logits
     peft = pytest.importorskip("peft")
-    import transformers
     run = train.trained(tmp_path / "out")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model",
                                                              dtype=torch.float32)
@@ -1274,7 +1275,6 @@ def test_ml1m_end_to_end_for_a_few_steps(tmp_path, monkeypatch):
 
 
 def test_benchmark_agrees_with_transformers_and_writes_json(tmp_path):
-    import bench
     small = ["--dim=48", "--n_layers=2", "--n_heads=6", "--n_kv_heads=2", "--ffn_dim=96",
              "--vocab_size=6000", "--n_titles=300", "--history=6", "--repeats=1", "--users=3",
              "--device=cpu", "--dtype=float32", f"--out={tmp_path / 'bench.json'}"]
@@ -1292,7 +1292,6 @@ def test_benchmark_agrees_with_transformers_and_writes_json(tmp_path):
 
 
 def test_memory_is_counted_by_hand_and_the_bases_have_their_published_sizes(capsys, monkeypatch):
-    import bench
     layer = torch.nn.Linear(3, 2, bias=False)
     x = torch.ones(5, 3)
     # of y^2: y (5, 2) is kept; of y: x (5, 3); not the layer's own weight
@@ -1346,7 +1345,6 @@ def test_bad_machines_models_and_folders(tmp_path, monkeypatch):
     bpe_tokenizer(pre_tokenizer_kinds()["smollm2"]).save_pretrained(model)
     with pytest.raises(data.InputError, match="cannot be read"):                 # no weights
         train.Run(small(f"--init_from={model}"))
-    import transformers
     transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=420, n_embd=8, n_layer=1,
                                                          n_head=2)).save_pretrained(model)
     with pytest.raises(data.InputError, match="gpt2"):
@@ -1544,7 +1542,6 @@ def test_every_method_runs(tmp_path, method):
 
 
 def test_grid_goes_on_where_it_was_and_makes_the_table(tmp_path, capsys, monkeypatch):
-    import grid
     small = [*SMALL[:4], "--rounds=1", *SMALL[5:6], "--max_users=30", "--branches=2",
              "--num_negatives=2", f"--grid_dir={tmp_path}"]
     args = ["--methods=ufo,rerank", "--seeds=0,1", *small]
@@ -1604,10 +1601,6 @@ def test_a_game_on_another_runs_sft_is_that_runs_game(tmp_path, capsys):
 
 
 def test_trials_play_on_a_runs_sft(tmp_path, capsys):
-    import importlib.util
-    spec = importlib.util.spec_from_file_location("trials", "results/trials.py")
-    trials = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(trials)
     game = ["--rounds=1", "--branches=2", "--round_iters=4", "--lr=0.01"]
     train.main(train.configure(["--max_users=40", "--vocab_users=0", *SMALL[:4], *game,
                                 f"--out_dir={tmp_path}"]))
@@ -1646,8 +1639,8 @@ def test_trials_play_on_a_runs_sft(tmp_path, capsys):
     assert differ(capsys.readouterr().out) == differ(own)       # the first's groups, both times
     assert exit_code(trials.main, "versus", tmp_path, bands, "--group_by=popularity") == 0
     turned = capsys.readouterr().out
-    assert re.search("test, less .*MGU@10 (.{7})", own)[1] == (
-        lambda x: f"{-float(x):+.4f}")(re.search("test, less .*MGU@10 (.{7})", turned)[1])
+    fell, rose = (float(re.search("test, less .*MGU@10 (.{7})", x)[1]) for x in (own, turned))
+    assert fell == -rose != 0
     for args in ([tmp_path], [tmp_path, other, "--topk=5"], [tmp_path, other, "--group_by=size"]):
         assert exit_code(trials.main, "versus", *args) == 2
     saved = torch.load(other / "model.pt", weights_only=True)
@@ -1782,7 +1775,6 @@ def test_memory_does_not_grow_from_round_to_round(tmp_path):
     """Tensors alive after rounds 2 and 4, but for the chosen round's copy, of which there is at
     most one.
     """
-    import gc
     run = train.Run(train.configure([*SMALL, "--max_users=20", f"--out_dir={tmp_path}"]))
     run.enter("sft")
     E_pre, alive = np.array(run.measure("pretrained", "val")["E"]), []
@@ -1844,7 +1836,5 @@ def test_the_readmes_own_experiment_runs(tmp_path, monkeypatch):
 
 
 def test_command_line_errors_are_one_line_and_exit_2(tmp_path):
-    import subprocess
-    import sys
     run = subprocess.run([sys.executable, "train.py", "--rouns=3"], capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr.strip().count("\n") == 0 and "rounds" in run.stderr

@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+import zlib
 from pathlib import Path
 
 # before torch is loaded: a CPU's threads that wait for each other soon sleep, or one other busy
@@ -132,10 +133,7 @@ class Run(machine.Resumable):
             self.enter(stage)
             if stage == checkpoint["state"]["stage"]:
                 break
-        if checkpoint["made_of"] != self.made_of():
-            raise data.InputError(f"{self.cfg.sft_from or out} was begun on "
-                                  f"{checkpoint['made_of']}, here is {self.made_of()}: give it the "
-                                  f"same --data_dir and model")
+        self.check_made_of(checkpoint["made_of"], out if own else self.cfg.sft_from)
         fresh, self.state = self.state, self.state | checkpoint["state"]
         self.load_weights(checkpoint)
         if own:
@@ -148,7 +146,15 @@ class Run(machine.Resumable):
 
     def made_of(self):
         """[base model, titles, interactions]: a run must not go on with others."""
-        return [self.source, len(self.ds.titles), sum(map(len, self.ds.histories))]
+        titles = "\n".join(self.ds.titles).encode()
+        return [self.source, f"{len(self.ds.titles)} titles (CRC {zlib.crc32(titles):08x})",
+                f"{sum(map(len, self.ds.histories))} interactions"]
+
+    def check_made_of(self, made_of, whose):
+        """InputError unless all of `made_of` is what is here."""
+        if made_of != (here := self.made_of()[:len(made_of)]):
+            raise data.InputError(f"{whose} was made of {', '.join(made_of)}; here is "
+                                  f"{', '.join(here)}: give it the same --data_dir and model")
 
     def weights(self):
         """What this run has trained or drawn, to be saved: all weights from scratch, else the
@@ -223,7 +229,7 @@ class Run(machine.Resumable):
         except data.InputError:
             raise
         except Exception as e:      # transformers' and gguf's own errors, which share no parent
-            why = (str(e).splitlines() or [""])[0]
+            why = str(e).partition("\n")[0]
             raise data.InputError(f"init_from={cfg.init_from}: cannot be read "
                                   f"({type(e).__name__}: {why})") from None
 
@@ -231,7 +237,7 @@ class Run(machine.Resumable):
         """Endless batches of training windows, drawn from the stream `what`, from the batch `start`
         on.
         """
-        cfg, users = self.cfg, evenly(len(self.ds.users), self.cfg.train_users)
+        cfg, users = self.cfg, data.evenly(len(self.ds.users), self.cfg.train_users)
         return itertools.islice(training_batches(
             [self.ds.train(u) for u in users], cfg.sft_window, cfg.batch_size, self.catalog.lengths,
             np.random.default_rng([cfg.seed, what])), start, None)
@@ -541,7 +547,7 @@ class Run(machine.Resumable):
         that SFT sees (add-one).
         """
         user, history, target = self.cases["test"]
-        seen_by = evenly(len(self.ds.users), self.cfg.train_users)
+        seen_by = data.evenly(len(self.ds.users), self.cfg.train_users)
         count = self.ds.train_counts(seen_by) + 1.0
         lists = np.empty((len(user), self.cfg.topk), int)
         for n, h in enumerate(history):
@@ -572,6 +578,7 @@ def trained(out_dir, **options):
         raise data.InputError(f"{path}: damaged ({type(e).__name__}); train again") from None
     here = {"out_dir": str(out_dir), "device": "auto", "dtype": "auto"}
     run = Run(Config(**saved["config"] | here | options), begin=False)
+    run.check_made_of(saved["made_of"][:2], path)       # its users may be others
     for stage in ("pretrain", "sft", "game"):
         run.enter(stage)
     run.load_weights(saved)
@@ -582,13 +589,8 @@ def spaced(cases, n):
     """The cases (user, history, target) of n users, evenly spaced; of all if n is 0 or too many."""
     user, history, target = cases
     ids = np.unique(user)
-    kept = np.flatnonzero(np.isin(user, ids[evenly(len(ids), n)]))
+    kept = np.flatnonzero(np.isin(user, ids[data.evenly(len(ids), n)]))
     return user[kept], [history[k] for k in kept], target[kept]
-
-
-def evenly(total, n):
-    """n of the numbers 0 .. total - 1, evenly spaced; all of them if n is 0 or too many."""
-    return np.arange(n) * total // n if 0 < n < total else np.arange(total)
 
 
 def set_lr(opt, peak, it, total):

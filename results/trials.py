@@ -14,16 +14,17 @@
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train            # before torch, for how its threads wait
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import corrector
 import data
 import judger
 import metrics
-import train
 from config import Config, check, configure, exit_code, parse
 
 
