@@ -1,7 +1,7 @@
 """Ask a trained recommender: the same history, three lists.
 
     python recommend.py --out_dir=out/ml100k "Toy Story (1995)" "Heat (1995)"
-    python recommend.py --out_dir=out/ml100k --user=196
+    python recommend.py --out_dir=out/ml100k --user=189
     python recommend.py --out_dir=out/toy --json ...
 
 Prints the top K of the pretrained, the fine-tuned (SFT) and the UFO model side by side, each title

@@ -1808,7 +1808,7 @@ def readme_block(begins):
     return found[0].split("```")[0]
 
 
-def test_the_readmes_own_experiment_runs(tmp_path, monkeypatch):
+def test_the_readmes_own_experiment_runs(tmp_path, monkeypatch, capsys):
     """"A new fairness experiment in 20 lines", as printed, on ML-1M's layout."""
     ml1m(tmp_path / "data" / "ml-1m")
     code = readme_block("# experiment.py")
@@ -1833,6 +1833,9 @@ def test_the_readmes_own_experiment_runs(tmp_path, monkeypatch):
     assert r["origins"]["groups"] == ["1950s", "1980s", "1990s"]
     assert r["origins"]["E_star"] == pytest.approx([1 / 3] * 3)
     assert r["config"]["loss"] == "hinge"
+    # where its names are not known it is one line
+    assert exit_code(recommend.main, [f"--out_dir={tmp_path / 'out'}", "--user=1"]) == 2
+    assert "--group_by=decade: not known" in capsys.readouterr().err
 
 
 def test_command_line_errors_are_one_line_and_exit_2(tmp_path):

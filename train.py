@@ -34,7 +34,7 @@ import report
 import selfplay
 from catalog import (Catalog, draw_places, item_tokenizer, model_tokenizer, pad, training_batches,
                      word_tokenizer)
-from config import MEASURED, Config, configure, exit_code
+from config import MEASURED, Config, check, configure, exit_code
 from model import Model, ModelConfig, describe, load
 
 COLLAPSE = 0.5      # under this share of SFT's coverage a policy is called collapsed
@@ -577,7 +577,7 @@ def trained(out_dir, **options):
     except Exception as e:              # torch's, zipfile's and pickle's, which share no parent
         raise data.InputError(f"{path}: damaged ({type(e).__name__}); train again") from None
     here = {"out_dir": str(out_dir), "device": "auto", "dtype": "auto"}
-    run = Run(Config(**saved["config"] | here | options), begin=False)
+    run = Run(check(Config(**saved["config"] | here | options)), begin=False)
     run.check_made_of(saved["made_of"][:2], path)       # its users may be others
     for stage in ("pretrain", "sft", "game"):
         run.enter(stage)

@@ -25,7 +25,7 @@ import corrector
 import data
 import judger
 import metrics
-from config import Config, check, configure, exit_code, parse
+from config import Config, configure, exit_code, parse
 
 
 def hard(f, weights):
@@ -154,7 +154,6 @@ def versus(*argv):
         raise data.InputError("versus: name the folders of two finished runs, or more")
     if set(options) - {"group_by"}:
         raise data.InputError("versus: its one option is --group_by")
-    check(Config(**options))
     runs = [train.trained(folder, **options) for folder in folders]
     for key in ("seed", "holdout", "eval_users", "topk"):
         if len({getattr(run.cfg, key) for run in runs}) > 1:
