@@ -1079,6 +1079,10 @@ def test_a_trained_model_is_asked_about_its_own_titles_only(tmp_path, capsys):
                       "--sft_iters=2", "--rounds=0", "--vocab_users=0", "--topk=3"]) == 0
     ask = [out, "--topk=3", "--user=ann1"]
     assert exit_code(recommend.main, ask) == 0
+    saved = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
+    torch.save({k: v for k, v in saved.items() if k != "made_of"}, tmp_path / "out" / "model.pt")
+    assert exit_code(recommend.main, ask) == 2 and "another version" in capsys.readouterr().err
+    torch.save(saved, tmp_path / "out" / "model.pt")
     head, *lines = (folder / "items.csv").read_text().splitlines()
     (folder / "items.csv").write_text("\n".join([head, *lines[::-1]]))  # the numbers turned round
     capsys.readouterr()
@@ -1177,7 +1181,7 @@ def test_resume_refuses_other_options_and_survives_damage(tmp_path, capsys):
             train.configure(["--resume", f"--out_dir={folder}"])
 
 
-def test_resume_keeps_its_places_and_its_data(tmp_path):
+def test_resume_keeps_its_places_and_its_data(tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     (out / "log.jsonl").write_text("a finished run's\n" * 99)           # of no run that goes on
@@ -1191,6 +1195,13 @@ def test_resume_keeps_its_places_and_its_data(tmp_path):
     assert cfg.data_dir == "elsewhere" and cfg.save_every == 7
     cfg.track = ""
     assert train.configure(["--resume", f"--out_dir={out}", "--save_every=8"]).save_every == 8
+    titles, clicks = run.made_of()[1:]
+    run.source = "base@new"
+    run.check_made_of(["base@old", titles, clicks], "it")
+    assert "! it was made on base@old, here is base@new" in capsys.readouterr().out
+    for older in (["base@new", 250, 9], ["another version of this code"]):
+        with pytest.raises(data.InputError, match="it was made of"):
+            run.check_made_of(older, "it")
     run.source = "another base"
     run.save()
     with pytest.raises(data.InputError, match="another run is at work there"):

@@ -151,10 +151,13 @@ class Run(machine.Resumable):
                 f"{sum(map(len, self.ds.histories))} interactions"]
 
     def check_made_of(self, made_of, whose):
-        """InputError unless all of `made_of` is what is here."""
-        if made_of != (here := self.made_of()[:len(made_of)]):
+        """InputError unless all of `made_of` is here; another revision of the base is only said."""
+        made_of, here = [str(x) for x in made_of], self.made_of()[:len(made_of)]
+        if any(a.partition("@")[0] != b.partition("@")[0] for a, b in zip(made_of, here)):
             raise data.InputError(f"{whose} was made of {', '.join(made_of)}; here is "
                                   f"{', '.join(here)}: give it the same --data_dir and model")
+        if made_of != here:
+            print(f"! {whose} was made on {made_of[0]}, here is {here[0]}: the weights may differ")
 
     def weights(self):
         """What this run has trained or drawn, to be saved: all weights from scratch, else the
@@ -578,7 +581,8 @@ def trained(out_dir, **options):
         raise data.InputError(f"{path}: damaged ({type(e).__name__}); train again") from None
     here = {"out_dir": str(out_dir), "device": "auto", "dtype": "auto"}
     run = Run(check(Config(**saved["config"] | here | options)), begin=False)
-    run.check_made_of(saved["made_of"][:2], path)       # its users may be others
+    # its users may be others; a file that does not say what it was made of is an older one
+    run.check_made_of(saved.get("made_of", ["another version of this code"])[:2], path)
     for stage in ("pretrain", "sft", "game"):
         run.enter(stage)
     run.load_weights(saved)
