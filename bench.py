@@ -504,4 +504,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main(check(Bench(**parse(sys.argv[1:], Bench))))))
+    sys.exit(exit_code(lambda: main(check(parse(sys.argv[1:], Bench), Bench))))

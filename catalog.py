@@ -23,7 +23,7 @@ DIGIT_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![
 @dataclass
 class Tokenizer:
     """Text to token ids. `encode` is tiktoken's where the model's tokenizer is a byte-level BPE,
-    its own where not.
+    else the model's own.
     """
     encode_raw: object           # str -> [int]
     vocab_size: int
@@ -186,53 +186,40 @@ class Trie:
         """sequences: I lists of token ids. InputError if two are equal or one is the beginning of
         another.
         """
-        kids, parent, token, end_of = [{}], [-1], [-1], {}
-        for i, seq in enumerate(sequences):                            # insert
-            v = 0
-            for t in seq:
-                if t not in kids[v]:
-                    kids[v][t] = len(kids)
-                    kids.append({}), parent.append(v), token.append(t)
-                v = kids[v][t]
-            if v in end_of:
-                raise InputError(f"items {end_of[v]} and {i} have the same tokens; titles must "
+        titles = [tuple(s) for s in sequences]
+        prefixes = {t[:n] for t in titles for n in range(len(t) + 1)}
+        prefixes = sorted(prefixes, key=lambda p: (len(p), p))         # that is, breadth first
+        node = {p: v for v, p in enumerate(prefixes)}
+        N, I = len(prefixes), len(titles)
+        self.n_nodes = N
+        parent = np.array([node[p[:-1]] if p else -1 for p in prefixes])
+        token = np.array([p[-1] if p else 0 for p in prefixes])
+        depth = np.array([len(p) for p in prefixes])
+        count, item = np.bincount(parent[1:], minlength=N), np.full(N, -1)
+        path = np.full((I, depth.max()), -1)
+        for i, t in enumerate(titles):
+            leaf = node[t]
+            if item[leaf] >= 0:
+                raise InputError(f"items {item[leaf]} and {i} have the same tokens; titles must "
                                  f"differ")
-            end_of[v] = i
-        for v, i in end_of.items():
-            if kids[v] or not v:
+            if count[leaf] or not leaf:
                 raise InputError(f"item {i}: its tokens are the beginning of another title's; end "
                                  f"every title in a newline")
-        order, number = [0], {0: 0}                                    # renumber breadth first
-        for v in order:
-            for t in sorted(kids[v]):
-                number[kids[v][t]] = len(order)
-                order.append(kids[v][t])
-        N, I = len(order), len(sequences)
-        self.n_nodes = N
-        parent = np.array([number.get(parent[v], -1) for v in order])
-        token = np.array([max(token[v], 0) for v in order])
-        item = np.array([end_of.get(v, -1) for v in order])
-        count = np.array([len(kids[v]) for v in order])
-        depth, size = np.zeros(N, int), np.ones(N, int)
+            item[leaf] = i
+            path[i, :len(t)] = [node[t[:n + 1]] for n in range(len(t))]
+        size = np.ones(N, int)
         for v in range(N - 1, 0, -1):
             size[parent[v]] += size[v]
         enter, free = np.zeros(N, int), np.ones(N, int)                # depth-first numbers
         for v in range(1, N):
-            depth[v] = depth[parent[v]] + 1
             enter[v] = enter[parent[v]] + free[parent[v]]
             free[parent[v]] += size[v]
-        path = np.full((I, depth.max()), -1)
-        for v in np.flatnonzero(item >= 0):
-            u = v
-            while u:
-                path[item[v], depth[u] - 1] = u
-                u = parent[u]
         vocab, local = np.unique(token[1:], return_inverse=True)
         tensor = lambda x: torch.as_tensor(np.ascontiguousarray(x), dtype=torch.long)
         self.first = tensor(np.concatenate([[1], 1 + np.cumsum(count)]))
         self.token, self.depth, self.item, self.enter, self.leave, self.vocab = map(
             tensor, (token, depth, item, enter, enter + size, vocab))
-        self.leaf = tensor([number[v] for v in end_of])                # in the order of the items
+        self.leaf = tensor([node[t] for t in titles])
         local = np.concatenate([[0], local])            # the root has no token; 0 stands in for it
         self.modes = {"trie": self._mode(parent, item, path, (count > 1) | (np.arange(N) == 0),
                                          tensor(local)),
@@ -348,9 +335,8 @@ def pad(docs, multiple=1):
 
 def training_batches(histories, size, batch_size, tokens, rng):
     """Endless batches of batch_size windows, each of at most `size` titles of one of the training
-    histories.
-    In an epoch every title but a user's first is a target once, since a window begins with the
-    title the one before ended with. Where the cuts fall is drawn anew.
+    histories. In an epoch every title but a user's first is a target once, since a window begins
+    with the title the one before ended with. Where the cuts fall is drawn anew.
 
     tokens (I,): the length of every title. Windows of like length stand in one batch (they are
     sorted within pools of 32 batches), so that little is computed on padding. What does not fill an

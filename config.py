@@ -29,11 +29,11 @@ class Config:
     out_dir: str = ""               # results.json, log.jsonl, model.pt; default out/<dataset>
     group_by: str = "genre"         # genre (n genres: 1/n to each) | popularity (quintiles) | yours
     target: str = "history"         # fair is: as in the histories | equal | yours (judger.TARGETS)
-    holdout: int = 1                # a user's last so many items are test, as many before val
+    holdout: int = 1                # a user's last n items are test, the n before them val
     max_users: int = 0              # keep this many users (0: all; toy: 900)
-    train_users: int = 0            # SFT and the game see this many's histories (0: all)
+    train_users: int = 0            # SFT and the game train on so many users (0: all)
     eval_users: int = 0             # measure on this many, evenly spaced (0: all)
-    vocab_users: int = 200          # and the pretrained model over="vocab" on this many (0: none)
+    vocab_users: int = 200          # and the pretrained model over="vocab" on these (0: none)
     history: int = 20               # titles of the history that a prompt shows
     topk: int = 10                  # length K of a recommendation list
     seed: int = 0                   # of everything drawn; the toy world itself too
@@ -54,7 +54,7 @@ class Config:
     dim: int = 96                   # scratch: width
     n_layers: int = 3               # scratch: blocks
     n_heads: int = 4                # scratch: query heads; half as many keys/values if even
-    dropout: float = 0.0            # scratch: of the residual branches
+    dropout: float = 0.0            # scratch: of embeddings and residual branches
     pretrain_iters: int = 600       # scratch: steps on the web corpus or the catalog's cards
     pretrain_lr: float = 2e-3       # scratch: peak
     # SFT
@@ -86,7 +86,7 @@ class Config:
     rerank: bool = False            # also add a group bias to SFT's and the kept round's lists
 
 
-# what a data set changes; then what a model from scratch changes on MovieLens
+# what a data set changes; then what a model from scratch changes, but on the toy
 PRESETS = {
     "toy": dict(init_from="scratch", history=15, batch_size=32, eval_batch=200, pretrain_iters=700,
                 sft_window=16, sft_iters=180, sft_lr=3e-3, eval_every=180,
@@ -162,8 +162,14 @@ def parse(argv, options):
     return typed
 
 
-def check(cfg):
-    """InputError where a field is not among its CHOICES or under its AT_LEAST. -> cfg"""
+def check(options, kind=Config):
+    """{field: value} -> a `kind`. InputError where it has no such field, or a value is not among
+    the field's CHOICES or is under its AT_LEAST.
+    """
+    if unknown := set(options) - set(kind.__dataclass_fields__):
+        raise data.InputError(f"this version has no option {min(unknown)}: go on with the version "
+                              f"that the run was begun with")
+    cfg = kind(**options)
     for key, value in dataclasses.asdict(cfg).items():
         if isinstance(value, str) and value not in CHOICES.get(key, [value]):
             raise data.InputError(f"--{key}={value}: not known{nearest(value, CHOICES[key])}")
@@ -213,8 +219,7 @@ def configure(argv):
     if name != "toy" and typed.get("init_from") == "scratch":
         preset |= PRESETS["scratch"]
     preset |= METHODS.get(typed.get("method"), {})
-    cfg = Config(**(preset | typed | {"out_dir": str(out)}))
-    check(cfg)
+    cfg = check(preset | typed | {"out_dir": str(out)})
     for key in ("temperature", "sft_lr", "lr", "pretrain_lr", "lam"):
         if not getattr(cfg, key) > 0:
             raise data.InputError(f"--{key}={getattr(cfg, key)}: must be above 0")

@@ -15,9 +15,9 @@ def loss(f, weights):
     by their mean here, so a batch always weighs the same and a weight acts on its own sample.
 
     S = 1, w = 1, alpha = 1 is SPIN's logistic loss; S > 1 puts the negatives into one logistic loss
-    as S-DPO does. At f = 0 (the start of a round, where the player is its opponent) the loss is
-    log(1 + S). ValueError on shapes that do not fit, so that no weight is ever broadcast over the
-    wrong axis.
+    as S-DPO does. At f = 0 (the start of a round with alpha = 1, where the player is its anchor)
+    the loss is log(1 + S). ValueError on shapes that do not fit, so that no weight is ever
+    broadcast over the wrong axis.
     """
     if f.dim() != 2 or f.shape[1] < 2 or weights.shape != f.shape[:1]:
         raise ValueError(f"scores {tuple(f.shape)} and weights {tuple(weights.shape)}: expected "

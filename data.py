@@ -6,9 +6,11 @@ belongs to. How the items are written, for a language model to read, is catalog.
 
 import csv
 import hashlib
+import itertools
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -59,15 +61,17 @@ def check_sum(path, want, kind):
 
 def download(url, path, md5):
     """Fetch url to path: into a file beside it, checked, then renamed into place. OSError where it
-    cannot be reached.
+    cannot be reached or something else comes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
         part = Path(tmp) / path.name
         with urllib.request.urlopen(url, timeout=30) as r, open(part, "wb") as f:
-            while block := r.read(1 << 20):
-                f.write(block)
-        check_sum(part, md5, "md5")
+            shutil.copyfileobj(r, f)
+        try:
+            check_sum(part, md5, "md5")
+        except InputError:
+            raise OSError("what came is damaged, or another file") from None
         os.replace(part, path)
 
 
@@ -77,14 +81,13 @@ def unzip(archive, names, folder):
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with zipfile.ZipFile(archive) as z:
+        with zipfile.ZipFile(archive) as z, tempfile.TemporaryDirectory(dir=folder) as tmp:
             found = {Path(n).name: n for n in z.namelist()}
             for name in names:
                 if name not in found:
                     raise InputError(f"{archive}: no {name} in it; get the archive again")
-                with tempfile.NamedTemporaryFile(dir=folder, delete=False) as f:
-                    f.write(z.read(found[name]))
-                os.replace(f.name, folder / name)
+                (Path(tmp) / name).write_bytes(z.read(found[name]))
+                os.replace(Path(tmp) / name, folder / name)
     except zipfile.BadZipFile as e:
         raise InputError(f"{archive}: not a readable zip ({e}); delete it and run again") from None
 
@@ -174,16 +177,8 @@ def fetch_model(init_from, data_dir):
 
 # ---------------------------------------------------------------------- parsing
 
-@dataclass
-class Raw:
-    """What a source says, before any choice is made: items by their id, and one row a rating in
-    file order.
-    """
-    items: dict          # id -> (title, year or None, [genres])
-    users: list          # (R,) user id of every rating
-    rated: list          # (R,) item id
-    times: list          # (R,) seconds
-
+# what a source says, before any choice is made: items, {id: (title, year or None, [genres])}, and
+# ratings, [(user id, item id, seconds)] in file order
 
 def rows(path, sep, n_fields):
     """Yield (line number, fields) of a separated latin-1 file. InputError on a short line."""
@@ -206,10 +201,10 @@ def split_year(title):
 
 
 def read_ratings(lines, path, known, user=0, item=1, when=3):
-    """Lines (number, fields) -> users, items, times, three lists. Ids are names: any text will do.
-    Ratings of unknown items are counted and said, not kept. user, item, when: which fields.
+    """Lines (number, fields) -> ratings. Ids are names: any text will do. Those of unknown items
+    are counted and said, not kept. user, item, when: which fields.
     """
-    users, rated, times, unknown = [], [], [], 0
+    ratings, unknown = [], 0
     for number, f in lines:
         if f[item] not in known:
             unknown += 1
@@ -220,23 +215,25 @@ def read_ratings(lines, path, known, user=0, item=1, when=3):
             time = math.nan
         if not math.isfinite(time):
             raise InputError(f"{path}:{number}: the time {f[when]!r} is not a number")
-        users.append(f[user]), rated.append(f[item]), times.append(time)
+        ratings.append((f[user], f[item], time))
     if unknown:
         print(f"! {path}: {unknown} ratings of items that the item file lacks were left out")
-    if not users:
+    if not ratings:
         raise InputError(f"{path}: no ratings in it{' of known items' if unknown else ''}")
-    return users, rated, times
+    return ratings
 
 
 def read_movielens(folder):
-    """Parse ML-1M (.dat), ML-100K (u.data, u.item) or RecBole's copy, whichever folder holds."""
+    """ML-1M (.dat), ML-100K (u.data, u.item) or RecBole's copy, whichever the folder holds ->
+    items, ratings.
+    """
     folder, items = Path(folder), {}
     # id::Title (Year)::Genre|Genre
     if (folder / "movies.dat").exists():
         for _, f in rows(folder / "movies.dat", "::", 3):
             items[f[0]] = (*split_year("::".join(f[1:-1])), f[-1].split("|"))
         path = folder / "ratings.dat"
-        return Raw(items, *read_ratings(rows(path, "::", 4), path, items))
+        return items, read_ratings(rows(path, "::", 4), path, items)
     # id|Title (Year)|date|video date|url|19 flags
     if (folder / "u.item").exists():
         genres = ["unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime",
@@ -246,7 +243,7 @@ def read_movielens(folder):
         for _, f in rows(folder / "u.item", "|", 24):
             items[f[0]] = (*split_year(f[1]), [g for g, flag in zip(genres, f[5:]) if flag == "1"])
         path = folder / "u.data"
-        return Raw(items, *read_ratings(rows(path, "\t", 4), path, items))
+        return items, read_ratings(rows(path, "\t", 4), path, items)
     return read_folder(folder)
 
 
@@ -283,7 +280,7 @@ def table(path, sep, *columns):
 def read_folder(folder):
     """A data set of one's own: items.csv (item_id,title,groups; groups separated by |) and
     interactions.csv (user_id,item_id,timestamp), or RecBole's atomic .item and .inter files
-    (separated by tabs, groups by blanks).
+    (separated by tabs, groups by blanks). -> items, ratings
     """
     folder = Path(folder)
     if (folder / "items.csv").exists():
@@ -302,7 +299,7 @@ def read_folder(folder):
         groups = [g.strip() for g in groups.split(between) if g.strip()]
         items[i] = (title, own or (year if year.isdigit() else None), groups)
     lines = table(folder / rating_file, sep, ("user_id",), ("item_id",), ("timestamp", "time"))
-    return Raw(items, *read_ratings(lines, folder / rating_file, items, when=2))
+    return items, read_ratings(lines, folder / rating_file, items, when=2)
 
 
 ARTICLES = "The|A|An|La|Le|Les|L'|Il|Lo|El|Los|Las|Das|Der|Die|Det|Den|De|Un|Une|I|O|Os"
@@ -333,7 +330,6 @@ class Dataset:
     corpus: list         # texts to pretrain a model from scratch on
     holdout: int = 1     # test is the last `holdout` items of a user, validation those before
     planted: np.ndarray = None   # (G,) the toy world's web share of each group less the users'
-    source: str = "made here"    # where it came from
     years: list = None           # I years as text, or None where a title has none
 
     def train(self, u):
@@ -362,17 +358,31 @@ def evenly(total, n):
     return np.arange(n) * total // n if 0 < n < total else np.arange(total)
 
 
-def prepare(raw, header, noun, holdout=1, max_users=0):
-    """Choices made once for every source: Raw -> Dataset with genre groups.
+def long_enough(histories, holdout):
+    """-> for each history whether it can be split: 2 * holdout + 3 items. Says how many cannot;
+    InputError if all.
+    """
+    need = 2 * holdout + 3
+    kept = [len(h) >= need for h in histories]
+    if not any(kept):
+        raise InputError(f"no user has the {need} items that holdout={holdout} needs")
+    if not all(kept):
+        print(f"! {kept.count(False)} of {len(kept)} users have fewer than {need} items and were "
+              f"dropped")
+    return kept
 
-    Items of the same title and year are one item (their genres joined); a title carries its year
+
+def prepare(items, ratings, header, noun, holdout=1, max_users=0):
+    """Choices made once for every source -> Dataset with genre groups.
+
+    Items of the same title and year are merged, with all their genres; a title carries its year
     only where two titles would else be the same; items nobody rated are not in the catalog. Ratings
     are ordered by time, then by place in the file; a user's second rating of an item is left out.
     Users with fewer than 2 * holdout + 3 items are dropped, and that is said. max_users > 0 keeps
     that many users, evenly spaced; the catalog stays whole.
     """
-    rated, merged = set(raw.rated), defaultdict(list)
-    for i, (title, year, _) in raw.items.items():
+    rated, merged = {i for _, i, _ in ratings}, defaultdict(list)
+    for i, (title, year, _) in items.items():
         if i in rated:
             if not title.strip():
                 raise InputError(f"item {i} has no title")
@@ -382,20 +392,14 @@ def prepare(raw, header, noun, holdout=1, max_users=0):
     for (title, year), ids in merged.items():
         number.update((i, len(titles)) for i in ids)
         titles.append(title if alone[title] == 1 or year is None else f"{title} ({year})")
-        genres.append(sorted({g for i in ids for g in raw.items[i][2]}) or ["unknown"])
+        genres.append(sorted({g for i in ids for g in items[i][2]}) or ["unknown"])
 
     # user -> {item: None}, in order of time
     by_user = defaultdict(dict)
-    for k in np.argsort(np.asarray(raw.times), kind="stable"):
-        by_user[raw.users[k]].setdefault(number[raw.rated[k]])
-    need = 2 * holdout + 3
-    users = [u for u in by_user if len(by_user[u]) >= need]
-    if len(users) < len(by_user):
-        print(f"! {len(by_user) - len(users)} of {len(by_user)} users have fewer than {need} items "
-              f"and were dropped")
-    if not users:
-        raise InputError(f"no user has the {need} items that holdout={holdout} needs")
-    users.sort(key=lambda u: (len(u), u))
+    for user, i, _ in sorted(ratings, key=lambda rating: rating[2]):
+        by_user[user].setdefault(number[i])
+    kept = long_enough(by_user.values(), holdout)
+    users = sorted(itertools.compress(by_user, kept), key=lambda u: (len(u), u))
     users = [users[k] for k in evenly(len(users), max_users)]
 
     names = sorted({g for gs in genres for g in gs})
@@ -434,13 +438,11 @@ def load_dataset(name, data_dir="data", group_by="genre", holdout=1, max_users=0
         ds = toy_world(seed, holdout, max_users or 900)
     elif name in ("ml100k", "ml1m"):
         folder = fetch_movielens({"ml100k": "ml-100k", "ml1m": "ml-1m"}[name], data_dir)
-        ds = prepare(read_movielens(folder), "Movies watched, oldest first:\n", "movie", holdout,
+        ds = prepare(*read_movielens(folder), "Movies watched, oldest first:\n", "movie", holdout,
                      max_users)
-        ds.source = str(folder)
     else:
-        ds = prepare(read_folder(name), "Items chosen, oldest first:\n", "title", holdout,
+        ds = prepare(*read_folder(name), "Items chosen, oldest first:\n", "title", holdout,
                      max_users)
-        ds.source = str(name)
     ds.header = header.strip() + "\n" if header.strip() else ds.header
     ds.groups, ds.credit = GROUPINGS[group_by](ds)
     if len(ds.groups) < 2:
@@ -530,7 +532,8 @@ def toy_world(seed=0, holdout=1, n_users=900, per_genre=50, skew=0.45):
     for i in np.repeat(np.arange(len(titles)), 5):
         about = " and ".join(names[g] for g in np.flatnonzero(credit[i]))
         corpus.append(f"{titles[i]} is a {about} film.\n")
-    histories = [h for h in (user() for _ in range(n_users)) if len(h) >= 2 * holdout + 3]
+    histories = [user() for _ in range(n_users)]
+    histories = list(itertools.compress(histories, long_enough(histories, holdout)))
     watched = np.concatenate(histories)
     share = web[genre] * famous / np.bincount(genre, famous)[genre]
     planted = share @ credit - credit[watched].mean(0)

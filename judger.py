@@ -38,9 +38,9 @@ def covariance_debiased(star, pre, sft, users, fair=lambda E: E, n_split=1000, s
     star, pre, sft: (sums (N, G), counts (N,)) as `metrics.group_sums` gives for the histories
     shown, the pretrained and the fine-tuned lists; users (N,); fair: histories' exposure -> E* (see
     TARGETS). The halves share no user, so no noise stands in both factors and the product is
-    unbiased. Averaged over n_split random halvings;
-    the 95 % interval is of halvings whose halves are each resampled by user, which is somewhat too
-    wide (one halving is noisier than their average). Returns (covariance, [low, high]).
+    unbiased. Averaged over n_split random halvings; the 95 % interval is of halvings whose halves
+    are each resampled by user, which is somewhat too wide (one halving is noisier than their
+    average). Returns (covariance, [low, high]).
     """
     rng, ids = np.random.default_rng(seed), np.unique(users)
     if len(ids) < 4:
@@ -70,9 +70,8 @@ def score(logq, logq_t, logq_sft, lam, alpha):
     x. Same shapes in and out.
 
     The judger that best tells a user's next item from one the opponent made up, in closed form: it
-    needs no network of its own. lam > 0 is the strength of the anchor to the opponent, alpha in [0,
-    1] how much of the opponent is round t's player (the rest is the SFT model: Alami et al.'s
-    geometric mixture).
+    needs no network of its own. lam > 0 is the strength of the anchor, alpha, 0 to 1, how much of
+    the anchor is the opponent (the rest is the SFT model: Alami et al.'s geometric mixture).
     """
     return lam * (logq - alpha * logq_t - (1 - alpha) * logq_sft)
 
@@ -99,6 +98,15 @@ def control(log_v, E_star, E_t, gamma, eps=1e-3, limit=np.log(10)):
     return np.clip(log_v + gamma * np.log((E_star + eps) / (E_t + eps)), -limit, limit)
 
 
+def top(scores, k):
+    """The k < I best of every row of scores (N, I), best first -> (N, k); -1 where it is -inf."""
+    best = np.argpartition(-scores, k, axis=1)[:, :k]           # quicker than sorting them all
+    order = np.argsort(-np.take_along_axis(scores, best, 1), axis=1)
+    lists = np.take_along_axis(best, order, 1)
+    lists[np.isinf(np.take_along_axis(scores, lists, 1))] = -1
+    return lists
+
+
 def fit_bias(scores, A, E_star, k, turns=60, gain=0.3):
     """Post-hoc re-ranking, the free baseline: a bias beta(g) for every group, such that the top k
     of scores (N, I) + A beta are exposed as E_star wants. The controller (7) again, turned on fixed
@@ -108,9 +116,7 @@ def fit_bias(scores, A, E_star, k, turns=60, gain=0.3):
     beta = best = np.zeros(A.shape[1])
     least = np.inf
     for _ in range(turns):
-        biased = scores + A @ beta
-        lists = np.argpartition(-biased, k, axis=1)[:, :k]
-        lists[np.isinf(np.take_along_axis(biased, lists, 1))] = -1     # seen: fewer than k are left
+        lists = top(scores + A @ beta, k)
         E = metrics.exposure(*metrics.group_sums(A, lists))
         if (unfair := metrics.mgu(E - E_star)) < least:
             least, best = unfair, beta

@@ -68,7 +68,7 @@ def choose_device(cfg):
 
 
 def has_compiler():
-    """Whether the C compiler is there that torch.compile builds its launchers with; says if not."""
+    """Whether there is a C compiler, which torch.compile needs; says so if not."""
     found = any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang")))
     if not found:
         print("! no C compiler: nothing is compiled; install gcc for a faster run")
@@ -106,8 +106,8 @@ def peak_memory(device):
     """GiB: the most that tensors took on the GPU, or that the process took on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
 def versions(run):
@@ -115,8 +115,8 @@ def versions(run):
     packages = "torch", "transformers", "tiktoken", "numpy"
     found = {p: importlib.metadata.version(p) for p in packages}
     card = torch.cuda.get_device_name() if run.device.type == "cuda" else platform.machine()
-    return found | {"python": platform.python_version(), "base": run.source,
-                    "data": Path(run.ds.source).name,
+    base, *what = run.made_of()
+    return found | {"python": platform.python_version(), "base": base, "data": ", ".join(what),
                     "device": f"{run.device.type} {card}", "dtype": str(run.dtype)[6:]}
 
 
@@ -241,8 +241,8 @@ class Resumable:
         due = self.stop or time.time() - self.saved >= self.cfg.save_every
         saved = due and self.save()
         if self.stop:
-            raise Stopped(f"stopped {'and saved' if saved else 'but NOT saved'}; to go on: python "
-                          f"train.py --resume --out_dir={self.cfg.out_dir}")
+            raise Stopped(f"stopped and saved; to go on: python {sys.argv[0]} --resume "
+                          f"--out_dir={self.cfg.out_dir}" if saved else "stopped, NOT saved")
 
     def watched(self, loop, name):
         """A loop with a bar, whose state is whole before every turn."""
@@ -331,9 +331,10 @@ def tracker(cfg):
 
             def write(line):
                 n, where = next(count), "-".join(line[k] for k in ("event", "split") if k in line)
+                n = n if "round" in line else line.get("it", n)     # "it" starts anew every round
                 for k, v in line.items():
                     if isinstance(v, int | float):
-                        writer.add_scalar(f"{where}/{k}", v, line.get("it", n))
+                        writer.add_scalar(f"{where}/{k}", v, n)
             return write
     except ImportError as e:
         raise data.InputError(f"--track={cfg.track}: {e}; pip install {cfg.track}") from None

@@ -109,7 +109,7 @@ def report(A, users, histories, lists, targets, log_loss, fair=lambda E: E, n_bo
     The arguments of `figures`, and log_loss (N,) nats, -log q of the target. Returns a dict: the
     figures by their names with K in them, `ci` (95 % intervals; those of MGU and DGU are centred on
     the figure, which itself contains the noise, so compare MGU with the floor and not with 0),
-    `MGU_floor` (the expected MGU were the true GU zero: the mean MGU of the bootstrap's
+    `MGU_floor` (the MGU to expect if the true GU were zero: the mean MGU of the bootstrap's
     deviations), E_star and E (G,).
     """
     found, star, e, gu_w, w = figures(A, users, histories, lists, targets, fair, n_boot)

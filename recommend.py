@@ -108,7 +108,7 @@ def show(a):
 
 
 def main(argv):
-    cfg = check(Ask(**parse([a for a in argv if a.startswith("--")], Ask)))
+    cfg = check(parse([a for a in argv if a.startswith("--")], Ask), Ask)
     titles = [a for a in argv if not a.startswith("--")]
     if bool(titles) == bool(cfg.user):
         raise data.InputError('give the titles of a history ("Heat (1995)" ...), or --user=ID')

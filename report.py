@@ -111,7 +111,8 @@ def finish(run, end):
     stages = {row["stage"]: row for row in rows}
     yardsticks, chosen = run.yardsticks(), run.chosen()
     origins = origin_report(run, stages["pretrained"], stages["sft"], stages[end])
-    example_lists(run, stages["sft"], stages[end])
+    told = end if cfg.rounds else next(reversed(stages))        # without a game: re-ranking, if any
+    example_lists(run, stages["sft"], stages[told])
     results_table(rows, yardsticks, cfg.topk)
     strip = lambda row: {key: v for key, v in row.items() if key not in ("lists", "minutes")}
     plain = [strip(row) for row in rows]
@@ -150,7 +151,7 @@ def finish(run, end):
         path.unlink()
     print(f"by validation, {chosen} is the one to choose; model.pt holds SFT"
           f"{f' and {end}' if end != 'sft' else ''}")
-    print(f"{k} of {end}: {stages[end][k] / stages['sft'][k] - 1:+.0%} against SFT; "
+    print(f"{k} of {told}: {stages[told][k] / stages['sft'][k] - 1:+.0%} against SFT; "
           f"{run.minutes():.1f} minutes in all, at most {memory:.1f} GiB, {graphs} compiled graphs, "
           f"{run.state['skipped']} steps left out for overflow; results in {run.out}/results.json")
 

@@ -656,8 +656,8 @@ def ml1m(folder):
 
 def test_ml1m_layout(tmp_path, capsys):
     ml1m(tmp_path / "ml-1m")
-    raw = data.read_movielens(data.fetch_movielens("ml-1m", tmp_path))
-    ds = data.prepare(raw, "Movies:\n", "movie")
+    ds = data.prepare(*data.read_movielens(data.fetch_movielens("ml-1m", tmp_path)), "Movies:\n",
+                      "movie")
     assert {"La Cité des enfants perdus", "The Postman (Il Postino)", "Seven (Se7en)",
             "Face/Off"} <= set(ds.titles)
     # a year only where it is needed
@@ -694,8 +694,8 @@ def test_ml100k_both_layouts(tmp_path):
         "1\t2\t3\t20\n1\t1\t5\t10\n")
     x, y = (data.read_movielens(data.fetch_movielens("ml-100k", d)) for d in (tmp_path / "a",
         tmp_path / "b"))
-    assert x.items == y.items and x.times == y.times and x.items["1"] == ("Toy Story", "1995",
-        ["Animation", "Children's", "Comedy"])
+    assert x == y and x[0]["1"] == ("Toy Story", "1995", ["Animation", "Children's", "Comedy"])
+    assert x[1] == [("1", "2", 20), ("1", "1", 10)]
 
 
 @pytest.mark.parametrize("title, want", [("Ice Storm, The", "The Ice Storm"),
@@ -768,9 +768,12 @@ def test_two_runs_that_fetch_at_once_do_not_break_each_other(tmp_path, monkeypat
 def test_no_network_and_no_fallback_says_which_file(tmp_path, monkeypatch):
     def refuse(*a, **k):
         raise OSError("no route")
-    monkeypatch.setattr(data.urllib.request, "urlopen", refuse)
-    with pytest.raises(data.InputError, match="put ml-1m.zip"):
-        data.fetch_movielens("ml-1m", tmp_path)
+    other = lambda *a, **k: io.BytesIO(b"<html>please log in</html>")
+    for answer, why in ((refuse, "no route"), (other, "damaged, or another file")):
+        monkeypatch.setattr(data.urllib.request, "urlopen", answer)
+        with pytest.raises(data.InputError, match=f"{why}.*put ml-1m.zip"):
+            data.fetch_movielens("ml-1m", tmp_path)
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("line, why", [("1::2::3\n", "ratings.dat:1: 3 fields"), ("", "no ratings"),
@@ -839,7 +842,7 @@ def test_bad_data_of_ones_own(tmp_path, items, interactions, why):
         data.load_dataset(str(folder))
 
 
-def test_more_bad_data(tmp_path):
+def test_more_bad_data(tmp_path, capsys):
     folder = own_folder(tmp_path / "own")
     (folder / "items.csv").write_bytes(b"item_id,title,groups\nb0,\xff\xfe,x\n")
     with pytest.raises(data.InputError, match="not utf-8"):
@@ -855,6 +858,11 @@ def test_more_bad_data(tmp_path):
         for k in range(4)), CLICKS + "".join(f"ann,b{k},{k}\n" for k in range(4)))
     with pytest.raises(data.InputError, match="no user has"):
         data.load_dataset(str(four))
+    with pytest.raises(data.InputError, match="no user has the 19 items"):
+        data.load_dataset("toy", holdout=8)
+    capsys.readouterr()
+    left = len(data.load_dataset("toy", holdout=6).users)
+    assert f"! {900 - left} of 900 users have fewer than 15 items" in capsys.readouterr().out
     # a line break inside a quoted title is only a blank
     odd = own_folder(tmp_path / "odd", ITEMS + "".join(f'b{k},"Book\n{k}",{"xy"[k % 2]}\n'
                                                        for k in range(9)))
@@ -894,7 +902,7 @@ def test_fuzzed_files_load_or_are_refused_in_a_line(tmp_path, layout):
         for name, head, body in zip(names, heads, (a, b)):
             (tmp_path / name).write_bytes((head.encode() if headed else b"") + body)
         try:
-            ds = data.prepare(data.read_movielens(tmp_path), "H:\n", "film")
+            ds = data.prepare(*data.read_movielens(tmp_path), "H:\n", "film")
             assert np.allclose(ds.credit.sum(1), 1) and all(t.strip() for t in ds.titles)
         except data.InputError as e:
             assert len(str(e).splitlines()) == 1
@@ -961,6 +969,13 @@ def test_rerank_bias_brings_lists_to_the_target():
     unfair = lambda s: metrics.mgu(metrics.exposure(*metrics.group_sums(A, lists(s))) - want)
     beta = judger.fit_bias(scores, A, want, 10)
     assert unfair(scores) > 0.1 and unfair(scores + A @ beta) < 0.01
+
+
+def test_top_of_scores():
+    scores = np.random.default_rng(0).normal(size=(50, 12))
+    assert (judger.top(scores, 5) == np.argsort(-scores, axis=1)[:, :5]).all()
+    scores[:, 3:] = -np.inf                                             # seen
+    assert (np.sort(judger.top(scores, 5), 1) == [-1, -1, 0, 1, 2]).all()
 
 
 def test_sft_as_a_loss_has_the_log_losss_gradient():
@@ -1139,8 +1154,8 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_never_was(tmp_path):
             interrupted = True
         said = run.stdout.read()
         assert run.wait() in (0, -9, 130), said[-2000:]
-        assert run.returncode != 130 or "stopped and saved; to go on: python train.py --resume" \
-            in said or "stopped before" in said
+        assert run.returncode != 130 or re.search("stopped and saved; to go on: python .*train.py "
+                                                      "--resume", said) or "stopped before" in said
         if any((broken / f"checkpoint{x}.pt").exists() for x in ("", ".previous")):
             args = ["--resume", f"--out_dir={broken}"]
     assert kills == 6 and len(resumed) > 1, resumed
@@ -1626,6 +1641,9 @@ def test_trials_play_on_a_runs_sft(tmp_path, capsys):
         assert exit_code(trials.main, *args) == 0
         assert re.search(said, capsys.readouterr().out), trial
         assert exit_code(trials.main, *args, "--resume") == 2       # no trial goes on in its middle
+        assert not list((tmp_path / trial).glob("checkpoint*"))
+    run = trials.Unseen(train.configure([*args[1:-1], "--rounds=1", "--target=equal"]))
+    assert np.allclose(run.seen(run.measure("sft", "val"))["E_star"], 1 / len(run.ds.groups))
     assert exit_code(trials.main, "unseen", f"--out_dir={tmp_path / 'x'}") == 2
     assert "give --sft_from=DIR" in capsys.readouterr().err
     other = tmp_path / "more"
@@ -1655,9 +1673,11 @@ def test_trials_play_on_a_runs_sft(tmp_path, capsys):
     for args in ([tmp_path], [tmp_path, other, "--topk=5"], [tmp_path, other, "--group_by=size"]):
         assert exit_code(trials.main, "versus", *args) == 2
     saved = torch.load(other / "model.pt", weights_only=True)
-    torch.save(saved | {"config": saved["config"] | {"holdout": 2}}, other / "model.pt")
-    assert exit_code(trials.main, "versus", tmp_path, other) == 2
-    assert "not the same --holdout" in capsys.readouterr().err
+    for changed, why in ((dict(holdout=2), "not the same --holdout"),
+                         (dict(gone=1), "no option gone")):
+        torch.save(saved | {"config": saved["config"] | changed}, other / "model.pt")
+        assert exit_code(trials.main, "versus", tmp_path, other) == 2
+        assert why in capsys.readouterr().err
 
 
 def test_an_sft_that_could_not_be_kept_is_not_made_of_the_game(tmp_path, monkeypatch):

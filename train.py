@@ -52,8 +52,8 @@ class Policies:
 
     `tuned` is the base itself, carrying the adapters "sft" and "player". Only with sft_full is it a
     second model (a copy that SFT trains whole, then frozen in its turn; its "player" adapter starts
-    at zero, which is the SFT model). It is the same object each time: be done with one policy
-    before asking for the next.
+    at zero, which is the SFT model). Policies share modules, and a call switches the adapter: be
+    done with one policy before asking for the next.
     """
 
     def __init__(self, base, full):
@@ -246,10 +246,10 @@ class Run(machine.Resumable):
             np.random.default_rng([cfg.seed, what])), start, None)
 
     def search_width(self, rows, over="trie"):
-        """How many prefixes `Search.top_k` runs at a time: 8, about a quarter of what a user takes.
-        0: the whole catalog in one pass, which a GPU does sooner than it waits for several, as long
-        as the pass is small (16,384 decisions; an estimate). Over the vocabulary, where every node
-        is a decision and has a row of all its logits, one pass would fill any card.
+        """How many prefixes `Search.top_k` runs at a time: 8, about a quarter of what it runs for a
+        user. 0: the whole catalog in one pass, which a GPU does sooner than it waits for several,
+        as long as the pass is small (16,384 decisions; an estimate). Over the vocabulary, where
+        every node is a decision and has a row of all its logits, one pass would fill any card.
         """
         if over == "vocab":
             return 8
@@ -292,8 +292,8 @@ class Run(machine.Resumable):
     @torch.no_grad()
     def measure(self, policy, split, over="trie", stage=None, most=0):
         """Top-K lists and log-loss of a policy on the cases of a split -> metrics.report's dict,
-        with the lists. Logs a line. most: of so many users only, evenly spaced. What a stage has
-        been measured at is kept: a second call returns it.
+        with the lists. Logs a line. most: of at most so many users, evenly spaced. A stage is
+        measured once: a second call returns what the first found.
         """
         cfg, t0, stage = self.cfg, time.time(), stage or policy
         if (key := key_of(stage, split, over)) in self.state["measured"]:
@@ -356,6 +356,18 @@ class Run(machine.Resumable):
                                   judger.TARGETS[self.cfg.target])
 
     @torch.no_grad()
+    def all_scores(self, policy, split):
+        """-> log q of every title for every case of a split, and whether the user has seen it, (N,
+        I) each.
+        """
+        history, n = self.cases[split][1], self.cfg.eval_batch
+        everything, found = torch.arange(len(self.ds.titles), device=self.device), []
+        for i in self.watched(range(0, len(history), n), f"{policy} {split}, all titles"):
+            search, seen = self.search(policy, history[i:i + n])
+            logq = search.score(everything.expand(len(seen), -1))
+            found.append((logq.cpu().double().numpy(), seen.cpu().numpy()))
+        return tuple(np.concatenate(x) for x in zip(*found))
+
     def rerank(self, policy, stage):
         """The baseline without training: a bias for every group, fitted on the validation lists of
         a policy (`judger.fit_bias`) and added to its log q on both splits.
@@ -363,25 +375,17 @@ class Run(machine.Resumable):
         cfg, A, beta = self.cfg, self.ds.credit, None
         if key_of(f"{stage}+rerank", "test") in self.state["measured"]:
             return
-        everything = torch.arange(len(self.ds.titles), device=self.device)
         for split in ("val", "test"):
-            user, history, target = self.cases[split]
-            scores, biased = np.empty((2, len(user), len(everything)))
-            for i in self.watched(range(0, len(user), cfg.eval_batch), f"{stage}+rerank {split}"):
-                b = slice(i, i + cfg.eval_batch)
-                search, seen = self.search(policy, history[b])
-                scores[b] = search.score(everything.expand(len(seen), -1)).cpu().double().numpy()
-                biased[b] = np.where(seen.cpu(), -np.inf, scores[b])
+            cases = user, _, target = self.cases[split]
+            scores, seen = self.all_scores(policy, split)
             if beta is None:
                 row = self.state["measured"][key_of(stage, "val")]
-                beta = judger.fit_bias(biased, A, np.array(row["E_star"]), cfg.topk)
+                beta = judger.fit_bias(np.where(seen, -np.inf, scores), A, np.array(row["E_star"]),
+                                       cfg.topk)
             scores += A @ beta
-            norm = np.logaddexp.reduce(scores, axis=1)
-            biased += A @ beta
-            lists = np.argsort(-biased, axis=1, kind="stable")[:, :cfg.topk]
-            lists[~np.isfinite(np.take_along_axis(biased, lists, 1))] = -1    # seen, all of them
-            self.record(f"{stage}+rerank", split, "trie", (user, history, target), lists,
-                        norm - scores[np.arange(len(user)), target])["bias"] = beta.tolist()
+            log_loss = np.logaddexp.reduce(scores, 1) - scores[np.arange(len(user)), target]
+            self.record(f"{stage}+rerank", split, "trie", cases, judger.top(
+                np.where(seen, -np.inf, scores), cfg.topk), log_loss)["bias"] = beta.tolist()
 
     # ------------------------------------------------------------------ the stages
 
@@ -497,7 +501,7 @@ class Run(machine.Resumable):
             s["losses"].append(loss), s["right"].append(right)
             if it % 10 == 0:
                 self.bar.set_postfix(loss=f"{loss:.3f}", judger=f"{np.mean(s['right']):.3f}")
-                self.log(event="correct", it=it, loss=loss, judger_accuracy=right)
+                self.log(event="correct", round=s["round"], it=it, loss=loss, judger_accuracy=right)
 
     def round(self, t, E_pre):
         """Round t of the game: judge the groups (7) -> play -> correct (9) -> measure."""
@@ -515,7 +519,8 @@ class Run(machine.Resumable):
                                   dtype=torch.float32, device=self.device)
         self.correct(windows, places, weights)
         loss, right = np.mean(s["losses"]), np.mean(s["right"])
-        at_zero = cfg.loss == "logistic" and not (cfg.game_dropout and cfg.dropout)
+        at_zero = (cfg.loss == "logistic" and (cfg.alpha == 1 or t == 1)
+                   and not (cfg.game_dropout and cfg.dropout))
         begins = f" (from {math.log(1 + cfg.num_negatives):.3f})" if at_zero else ""
         print(f"round {t}: play and correct: loss {loss:.3f}{begins}, judger right on {right:.3f} "
               f"of pairs")
@@ -580,7 +585,7 @@ def trained(out_dir, **options):
     except Exception as e:              # torch's, zipfile's and pickle's, which share no parent
         raise data.InputError(f"{path}: damaged ({type(e).__name__}); train again") from None
     here = {"out_dir": str(out_dir), "device": "auto", "dtype": "auto"}
-    run = Run(check(Config(**saved["config"] | here | options)), begin=False)
+    run = Run(check(saved["config"] | here | options), begin=False)
     # its users may be others; a file that does not say what it was made of is an older one
     run.check_made_of(saved.get("made_of", ["another version of this code"])[:2], path)
     for stage in ("pretrain", "sft", "game"):

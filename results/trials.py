@@ -8,7 +8,7 @@
     ... --group_by=popularity                         and measured by other groups
 
 --sft_from: the folder of a run, whose SFT the game begins from. Other options as for train.py, but
---resume: a trial that was stopped starts anew, in a new folder.
+--resume: a trial that was stopped starts anew.
 """
 
 import sys
@@ -44,7 +44,14 @@ def pairs(f, weights):
 corrector.LOSSES |= {"hard": hard, "pairs": pairs}
 
 
-class Average(train.Run):
+class Trial(train.Run):
+    """A run that saves nothing: stopped, it starts anew."""
+
+    def save(self, stem="checkpoint"):
+        return False
+
+
+class Average(Trial):
     """Measures the last round, and the means of the adapters that several rounds ended with."""
 
     def game(self, E_pre):
@@ -71,7 +78,12 @@ def personal(A, shown, lists):
     return np.abs(own - its).sum(1) / 2
 
 
-class Unseen(train.Run):
+def parity(user):
+    """0 for the cases of every other user, 1 for those of the users between."""
+    return np.unique(user, return_inverse=True)[1] % 2
+
+
+class Unseen(Trial):
     """The controller, and the bias of re-ranking, see the validation lists of every other user;
     fairness on test is told of these users and of the others, and how far the lists of either are
     from each user's own history.
@@ -80,16 +92,16 @@ class Unseen(train.Run):
     def half(self, row, odd):
         """-> users, histories shown, lists and targets of the even or the odd users."""
         user, history, target = self.cases[row["split"]]
-        at = np.flatnonzero(user % 2 == odd)
+        at = np.flatnonzero(parity(user) == odd)
         shown = self.shown(history)
         return user[at], [shown[n] for n in at], np.array(row["lists"])[at], target[at]
 
     def seen(self, row):
         """A row with the exposures of the even users alone."""
         _, shown, lists, _ = self.half(row, False)
-        E_star, E = (metrics.exposure(*metrics.group_sums(self.ds.credit, x)).tolist()
+        E_star, E = (metrics.exposure(*metrics.group_sums(self.ds.credit, x))
                      for x in (shown, lists))
-        return row | {"E_star": E_star, "E": E}
+        return row | {"E_star": judger.TARGETS[self.cfg.target](E_star).tolist(), "E": E.tolist()}
 
     def judge(self, t, E_pre):
         key = train.key_of(f"ufo-{t - 1}" if t > 1 else "sft", "val")
@@ -102,37 +114,36 @@ class Unseen(train.Run):
 
     def tell(self, name, row, **others):
         """Print what the lists of a row are worth to either half, less each of `others`' lists."""
-        k = f"MGU@{self.cfg.topk}"
+        k, fair = f"MGU@{self.cfg.topk}", judger.TARGETS[self.cfg.target]
         for who, odd in (("seen", False), ("unseen", True)):
             user, shown, lists, target = self.half(row, odd)
-            of = metrics.report(self.ds.credit, user, shown, lists, target, np.zeros(len(user)))
+            of = metrics.report(self.ds.credit, user, shown, lists, target,
+                                np.zeros(len(user)), fair)
             gap = personal(self.ds.credit, shown, lists)
             print(f"{name:>8} {who:>6}: {k} {of[k]:.4f} (floor {of['MGU_floor']:.4f}), from each "
                   f"user's own history {gap.mean():.4f}")
             w = metrics.bootstrap_weights(user, 1000, np.random.default_rng(0))
             for other, its in others.items():
                 its = self.half(its, odd)[2]
-                less = metrics.difference(self.ds.credit, user, shown, lists, its, target)
+                less = metrics.difference(self.ds.credit, user, shown, lists, its, target,
+                                          fair)
                 d = gap - personal(self.ds.credit, shown, its)
                 less["own history"] = d.mean(), *metrics.interval(w @ d / w.sum(1))
                 print(f"{'less ' + other:>15}: " + ", ".join(
                     f"{m} {x[0]:+.4f} [{x[1]:+.4f}, {x[2]:+.4f}]" for m, x in less.items()),
                     flush=True)
 
-    @torch.no_grad()
     def reranked(self):
         """SFT's test lists under a bias fitted on the even users' validation lists."""
-        everything = torch.arange(len(self.ds.titles), device=self.device)[None]
         for split in ("val", "test"):
-            user, history, _ = self.cases[split]
-            asked = (self.search("sft", [h]) for h in history)
-            scores = np.concatenate([np.where(seen.cpu(), -np.inf, search.score(everything)
-                                              .cpu().double()) for search, seen in asked])
+            scores, seen = self.all_scores("sft", split)
+            scores = np.where(seen, -np.inf, scores)
             if split == "val":
                 E_star = np.array(self.seen(self.measure("sft", "val"))["E_star"])
-                bias = judger.fit_bias(scores[user % 2 == 0], self.ds.credit, E_star, self.cfg.topk)
-        lists = np.argsort(-(scores + self.ds.credit @ bias), axis=1, kind="stable")
-        return {"split": "test", "lists": lists[:, :self.cfg.topk]}
+                bias = judger.fit_bias(scores[parity(self.cases["val"][0]) == 0], self.ds.credit,
+                                       E_star, self.cfg.topk)
+        return {"split": "test",
+                "lists": judger.top(scores + self.ds.credit @ bias, self.cfg.topk)}
 
     def game(self, E_pre):
         sft, biased = self.measure("sft", "test"), self.reranked()
