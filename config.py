@@ -167,8 +167,8 @@ def check(options, kind=Config):
     the field's CHOICES or is under its AT_LEAST.
     """
     if unknown := set(options) - set(kind.__dataclass_fields__):
-        raise data.InputError(f"this version has no option {min(unknown)}: go on with the version "
-                              f"that the run was begun with")
+        raise data.InputError(f"{options.get('out_dir')}: begun with an option {min(unknown)}, "
+                              f"which this version lacks; use the version it was begun with")
     cfg = kind(**options)
     for key, value in dataclasses.asdict(cfg).items():
         if isinstance(value, str) and value not in CHOICES.get(key, [value]):

@@ -180,6 +180,7 @@ def fetch_model(init_from, data_dir):
 # what a source says, before any choice is made: items, {id: (title, year or None, [genres])}, and
 # ratings, [(user id, item id, seconds)] in file order
 
+
 def rows(path, sep, n_fields):
     """Yield (line number, fields) of a separated latin-1 file. InputError on a short line."""
     with open(path, encoding="latin-1") as f:

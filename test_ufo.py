@@ -1674,7 +1674,7 @@ def test_trials_play_on_a_runs_sft(tmp_path, capsys):
         assert exit_code(trials.main, "versus", *args) == 2
     saved = torch.load(other / "model.pt", weights_only=True)
     for changed, why in ((dict(holdout=2), "not the same --holdout"),
-                         (dict(gone=1), "no option gone")):
+                         (dict(gone=1), "more: begun with an option gone")):
         torch.save(saved | {"config": saved["config"] | changed}, other / "model.pt")
         assert exit_code(trials.main, "versus", tmp_path, other) == 2
         assert why in capsys.readouterr().err
