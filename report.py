@@ -158,22 +158,19 @@ def finish(run, end):
 
 # ---------------------------------------------------------------------- a grid of runs
 
-def cells(found, only=None):
+def cells(found):
     """{"<method>+<options>-<seed>": results} -> {(cell, measured): {seed: results}}, sorted.
     measured: those of a cell's options that say what is measured ("+group_by=popularity"), so that
     cells with the same `measured` share the rows of SFT and of re-ranking. That a cell is also
-    re-ranked at its end does not make it another. only: of one `measured`, and without options
-    beside it.
+    re-ranked at its end does not make it another.
     """
     grid = {}
     for name in sorted(found):
         cell, _, seed = re.sub(r"\+rerank(=True)?(?=[+-])", "", name).rpartition("-")
-        method, *options = cell.split("+")
-        measured = "".join(f"+{x}" for x in options if x.partition("=")[0] in MEASURED)
-        if only in (None, measured) and (only is None or cell == method + measured):
-            runs = grid.setdefault((cell, measured), {})
-            if seed not in runs or "+rerank" in name:
-                runs[seed] = found[name]
+        measured = "".join(f"+{x}" for x in cell.split("+")[1:] if x.partition("=")[0] in MEASURED)
+        runs = grid.setdefault((cell, measured), {})
+        if seed not in runs or "+rerank" in name:
+            runs[seed] = found[name]
     return grid
 
 
@@ -301,11 +298,39 @@ def draw_exposure(results, path):
 
 def complete(found, measured):
     """Of the cells of one `measured`, those that have all seeds (means of others are of other
-    runs): the methods with no options of their own, if there are any -> {cell: runs}.
+    runs): the methods with no options of their own but the number of rounds, if there are any
+    -> {method + measured, or cell: runs}.
     """
-    grid = cells(found, measured) or {c: x for c, x in cells(found).items() if c[1] == measured}
+    alike = {cell: runs for (cell, its), runs in cells(found).items() if its == measured}
+    plain = {}
+    for cell, runs in sorted(alike.items(), key=lambda x: x[0]):
+        method = re.sub(r"\+rounds=\d+", "", cell).removesuffix(measured)
+        if "+" not in method:
+            plain.setdefault(method + measured, runs)       # of two numbers of rounds, the preset's
+    grid = plain or alike
     most = max(map(len, grid.values()))
-    return {cell: runs for (cell, _), runs in grid.items() if len(runs) == most}
+    return {cell: runs for cell, runs in grid.items() if len(runs) == most}
+
+
+def write_names(fig, ax, points):
+    """The names of points (x, y, name, color) beside them, each at the first place around it that
+    is inside the axes and that no point and no other name has taken.
+    """
+    fig.draw_without_rendering()                            # the axes take their places
+    inch = 72 / fig.dpi
+    at = [ax.transData.transform(p[:2]) * inch for p in points]
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in at]   # boxes, in points of 1/72 inch
+    for (left, low), (x, y, name, color) in zip(at, points):
+        wide = 4.8 * len(name)
+        for dx, dy in ((6, 4), (6, -13), (-wide / 2, -17), (-wide / 2, 8), (-6 - wide, 4),
+                       (-6 - wide, -13), (-wide / 2, 19)):
+            x0, y0, x1, y1 = left + dx, low + dy, left + dx + wide, low + dy + 9
+            if ax.bbox.x0 * inch < x0 and not any(
+                    x0 < b[2] and b[0] < x1 and y0 < b[3] and b[1] < y1 for b in taken):
+                break
+        taken.append((x0, y0, x1, y1))
+        ax.annotate(name, (x, y), xytext=(dx, dy), textcoords="offset points", fontsize=8.5,
+                    color=color)
 
 
 def draw_tradeoff(found, path, measured=""):
@@ -316,9 +341,9 @@ def draw_tradeoff(found, path, measured=""):
     grid = complete(found, measured)
     runs = next(iter(grid.values()))
     k, seeds = next(iter(runs.values()))["config"]["topk"], len(runs)
-    fig, ax = canvas(7.5, 5)
+    (fig, ax), points = canvas(7.5, 5), []
 
-    def put(runs, stage, name, color, marker, label_at=(6, 5)):
+    def put(runs, stage, name, color, marker):
         place = lambda rows: np.array([[100 * r[f"MGU@{k}"], r[f"HR@{k}"]] for r in rows])
         rows = rows_of(runs, stage)
         if len(rows) < seeds:
@@ -327,28 +352,27 @@ def draw_tradeoff(found, path, measured=""):
         x, y = at.mean(0)
         dx, dy = (at - place(sft[s] for s in rows)).std(0, ddof=seeds > 1) / seeds ** 0.5
         ax.errorbar(x, y, dy, dx, fmt=marker, color=color, ms=7, lw=0.8, alpha=0.9)
-        ax.annotate(name, (x, y), xytext=label_at, textcoords="offset points", fontsize=8.5,
-                    color=color)
+        points.append((x, y, name, color))
         return x, y
-    start = put(runs, "sft", "SFT", INK["sft"], "o", (-9, -14))
+    start = put(runs, "sft", "SFT", INK["sft"], "o")
     biased = [runs for runs in grid.values() if len(rows_of(runs, "sft+rerank")) == seeds]
     if biased:
-        put(biased[0], "sft+rerank", "rerank", INK["history"], "s", (6, -13))
+        put(biased[0], "sft+rerank", "rerank", INK["history"], "s")
     for cell, runs in grid.items():
         rounds = next(iter(runs.values()))["config"]["rounds"]
         if cell == "ufo" + measured:
-            ways = [put(runs, f"ufo-{t + 1}", f"ufo-{t + 1}", INK["ufo"], "D", (-14, -17))
+            ways = [put(runs, f"ufo-{t + 1}", f"ufo-{t + 1}", INK["ufo"], "D")
                     for t in range(rounds)]
             ax.plot(*np.transpose([start, *ways]), "-", color=INK["ufo"], lw=1.5, zorder=1)
         elif rounds:
             put(runs, last, cell.removesuffix(measured), INK["pretrained"], "s")
         if rounds:
-            put(runs, reranked, f"{cell.removesuffix(measured)}, then rerank", INK["history"], "s",
-                (6, 9))
+            put(runs, reranked, f"{cell.removesuffix(measured)}+rerank", INK["history"], "s")
     ax.set_xlabel(f"MGU@{k}{measured.replace('+', ', ')}, per cent (left is fairer)")
     ax.set_ylabel(f"HR@{k} (up is better)")
     ax.set_title(f"Unfairness and accuracy on the test item, seeds: {seeds} (bars: standard error "
                  f"of the way from SFT)", loc="left", fontsize=10)
+    write_names(fig, ax, points)
     fig.savefig(path, dpi=150)
 
 

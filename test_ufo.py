@@ -1719,6 +1719,9 @@ def test_figures_are_drawn(tmp_path):
     assert report.complete(found, "") == {"ufo": {"0": run, "1": run}}
     assert report.complete(found, "+group_by=popularity") == {
         "ufo+group_by=popularity": {"0": other}}
+    longer = {"ufo+rounds=6-0": run, "ufo+rounds=9-0": other}
+    assert report.complete(longer, "") == {"ufo": {"0": run}}
+    assert report.complete(found | {"ufo+rounds=6-0": other}, "")["ufo"]["0"] is run
     report.save(found, tmp_path / "toy.json")
     report.main(tmp_path / "toy.json")
     assert sorted(p.name for p in tmp_path.glob("*.png")) == [
