@@ -1,5 +1,5 @@
 """The judger: where does the unfairness come from (5), whose sample is this (6), which groups are
-starved (7), (8).
+starved (7), (8). And re-ranking, the baseline that needs no training.
 
 Pure functions. NumPy for what is measured once a round, torch for what stands inside the loss. G
 groups, N cases, B rows.
@@ -89,39 +89,13 @@ def accuracy(f):
 # ---------------------------------------------------- the verdict on the groups: equations (7), (8)
 
 def control(log_v, E_star, E_t, gamma, eps=1e-3, limit=np.log(10)):
-    """(7) one turn of the controller: groups whose lists starve them get more weight. All (G,);
+    """(7) one turn of the controller: groups that the lists starve get more weight. All (G,);
     returns the new log v.
 
     gamma >= 0 is the gain, eps keeps a group that is never shown finite, log v stays within
     +-limit.
     """
     return np.clip(log_v + gamma * np.log((E_star + eps) / (E_t + eps)), -limit, limit)
-
-
-def top(scores, k):
-    """The k < I best of every row of scores (N, I), best first -> (N, k); -1 where it is -inf."""
-    best = np.argpartition(-scores, k, axis=1)[:, :k]           # quicker than sorting them all
-    order = np.argsort(-np.take_along_axis(scores, best, 1), axis=1)
-    lists = np.take_along_axis(best, order, 1)
-    lists[np.isinf(np.take_along_axis(scores, lists, 1))] = -1
-    return lists
-
-
-def fit_bias(scores, A, E_star, k, turns=60, gain=0.3):
-    """Post-hoc re-ranking, the free baseline: a bias beta(g) for every group, such that the top k
-    of scores (N, I) + A beta are exposed as E_star wants. The controller (7) again, turned on fixed
-    scores until it stands, within the same limits; of its turns, the one with the least MGU. Scores
-    of what a user has seen are -inf. -> beta (G,).
-    """
-    beta = best = np.zeros(A.shape[1])
-    least = np.inf
-    for _ in range(turns):
-        lists = top(scores + A @ beta, k)
-        E = metrics.exposure(*metrics.group_sums(A, lists))
-        if (unfair := metrics.mgu(E - E_star)) < least:
-            least, best = unfair, beta
-        beta = control(beta, E_star, E, gain)
-    return best
 
 
 def verdict_parts(E_star, E_pre, E_t, eps=1e-3):
@@ -142,3 +116,31 @@ def item_weights(A, log_v):
 # what (4) measures against and (7) steers to. Add a function and its name
 TARGETS = {"history": lambda E_star: E_star,
            "equal": lambda E_star: np.full_like(E_star, 1 / E_star.shape[-1])}
+
+
+# ------------------------------------------------- re-ranking, the baseline that needs no training
+
+def top(scores, k):
+    """The k < I best of every row of scores (N, I), best first -> (N, k); -1 where it is -inf."""
+    best = np.argpartition(-scores, k, axis=1)[:, :k]           # quicker than sorting them all
+    order = np.argsort(-np.take_along_axis(scores, best, 1), axis=1)
+    lists = np.take_along_axis(best, order, 1)
+    lists[np.isinf(np.take_along_axis(scores, lists, 1))] = -1
+    return lists
+
+
+def fit_bias(scores, A, E_star, k, turns=60, gain=0.3):
+    """A bias beta(g) for every group, such that the top k of scores (N, I) + A beta are exposed as
+    E_star wants. The controller (7) again, turned on fixed scores until it stands, within the same
+    limits; of its turns, the one with the least MGU. Scores of what a user has seen are -inf.
+    -> beta (G,).
+    """
+    beta = best = np.zeros(A.shape[1])
+    least = np.inf
+    for _ in range(turns):
+        lists = top(scores + A @ beta, k)
+        E = metrics.exposure(*metrics.group_sums(A, lists))
+        if (unfair := metrics.mgu(E - E_star)) < least:
+            least, best = unfair, beta
+        beta = control(beta, E_star, E, gain)
+    return best

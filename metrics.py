@@ -1,8 +1,8 @@
 """What is measured: exposure and unfairness (2)-(4), accuracy, diversity, and how sure we are.
 
-Pure functions on NumPy arrays. U users, N prediction cases (a user may have several), K places in a
-list, I items, G groups, W bootstrap weightings. A list of items shorter than the others is padded
-with -1.
+Pure functions on NumPy arrays. A (I, G): item i's credit to group g. N prediction cases (a user may
+have several), K places in a list, I items, G groups, W bootstrap weightings. A list of items
+shorter than the others is padded with -1.
 """
 
 import numpy as np
@@ -86,10 +86,10 @@ def figures(A, users, histories, lists, targets, fair=lambda E: E, n_boot=1000):
     samples (W, G), and their weights (W, N).
 
     A (I, G); users (N,); histories: N arrays, the items shown to the policy; lists (N, K); targets
-    (N,); fair: histories' exposure -> E*, the same unless a judger has another target. The samples
+    (N,); fair: histories' exposure -> E*, the identity unless --target says otherwise. The samples
     are over users, always the same draws, so that two policies' figures are resampled alike.
-    Resampling adds its own noise, which pushes a |.| up: the samples of MGU and DGU are moved so
-    that their mean is the figure.
+    Resampling adds its own noise, which pushes a |.| up: the samples of MGU and DGU are shifted to
+    have the figure as their mean.
     """
     k, w = np.shape(lists)[1], bootstrap_weights(users, n_boot, np.random.default_rng(0))
     shown, listed, found = group_sums(A, histories), group_sums(A, lists), {}

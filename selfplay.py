@@ -11,10 +11,11 @@ computed once.
 
 over="trie" is (1). over="vocab" is the ordinary softmax over the whole vocabulary along the same
 paths; then the catalog's probabilities sum to less than one, and what is missing went to titles
-that do not exist.
+that do not exist. Read `catalog.Trie` and `catalog.Mode` first.
 
-B rows, P prompt tokens, Q trie nodes in a row, W trie nodes that they may look at, M items in a
-row, S samples, N nodes and I items of the trie, C children.
+B rows, P prompt tokens, A places at which a document branches off, Q trie nodes in a row, W trie
+nodes that they may look at, M items in a row, S samples; N nodes and I items of the trie, C
+children, at most J decisions on the way to an item and L tokens from one to the next; R decisions.
 """
 
 import numpy as np
@@ -45,8 +46,9 @@ def hang(trie, length, queries, keys, n_prompt):
     N, real = trie.n_nodes, queries >= 0
     branch, node = queries.clamp(min=0) // N, queries.clamp(min=0) % N
     before = length.gather(1, branch)
-    # a query looks at the keys whose interval [low, high) holds its number. Intervals of different
-    # branches are disjoint (key - key_node is its branch times N), those of padding empty
+    # a query looks at its ancestors and itself: the keys whose [enter, leave) holds its own `enter`
+    # (see `catalog.Trie`). Shifted by N a branch (key - key_node) the intervals of different
+    # branches are disjoint; those of padding are empty
     enter = torch.where(real, branch * N + trie.enter[node], -1)
     key_node = keys.clamp(min=0) % N
     low = torch.where(keys >= 0, keys - key_node + trie.enter[key_node], 0)
@@ -58,7 +60,7 @@ def hang(trie, length, queries, keys, n_prompt):
 
 
 def decide(model, trie, hidden, nodes, over):
-    """The output layer at R decisions: hidden (R,D), nodes (R,) -> their children (R,C), in the
+    """The output layer at R decisions: hidden (R,width), nodes (R,) -> their children (R,C), in the
     trie's order, -1 padded, and the log-probability of each, float32, -inf padded.
 
     The softmax runs over the node's children (over="trie"), or over the vocabulary ("vocab").
@@ -72,7 +74,7 @@ def decide(model, trie, hidden, nodes, over):
 
 def step_log_prob(model, trie, hidden, nodes, child):
     """log-probability of taking `child` (R,) at the decisions `nodes` (R,), given their hidden
-    states (R,D) -> (R,).
+    states (R,width) -> (R,).
     """
     _, step = decide(model, trie, hidden, nodes, "trie")
     return step.gather(1, (child - trie.first[nodes])[:, None])[:, 0]
@@ -87,8 +89,7 @@ def log_q(model, trie, prompt, items, over="trie"):
     A row is the document followed, for every branch, by the distinct trie nodes that its items'
     decisions need (`hang`). Titles that begin alike share those nodes; forced tokens after the last
     decision are never computed. Where a row's decisions stand: columns 0 .. A - 1 are the branches'
-    roots, A .. A + Q - 1 the nodes hung on; `where` is the column of an item's step, `index` turns
-    (row, column) into a line of `step`.
+    roots, A .. A + Q - 1 the nodes hung on.
     """
     (tokens, length), mode, N = prompt, trie.modes[over], trie.n_nodes
     (B, P), A, device = tokens.shape, length.shape[1], tokens.device
@@ -106,11 +107,12 @@ def log_q(model, trie, prompt, items, over="trie"):
     hidden = model(torch.cat([tokens, new], 1), torch.cat([place.expand(B, P), at], 1), mask)
     # the decisions: each branch's root, seen from the last token before it, and those among nodes
     roots = hidden.gather(1, (length - 1)[:, :, None].expand(-1, -1, hidden.shape[-1]))
-    hidden = torch.cat([roots, hidden[:, P:]], 1)                                  # (B,A+Q,D)
+    hidden = torch.cat([roots, hidden[:, P:]], 1)                                  # (B,A+Q,width)
     node = torch.cat([key.new_zeros(B, A), torch.where(key >= 0, key % N, -1)], 1)
     chosen = (node >= 0) & mode.decision[node]
     _, step = decide(model, trie, hidden[chosen], node[chosen], over)              # (R,C)
-    # every item's own steps among them; where it has none, junk that is masked at the end
+    # every item's own steps among them: the step at node v of branch a stands in column a if v is
+    # the root, else in A + v's place in `key`. Where there is no step, junk, masked at the end
     index = chosen.flatten().cumsum(0).view(B, -1) - 1      # (B,A+Q): a column -> its line of step
     found = torch.searchsorted(key.where(key >= 0, 2 ** 62),
                                (offset + at_node).clamp(min=0).flatten(1)).view(at_node.shape)
@@ -149,11 +151,11 @@ class Search:
         self._settle(self.rows, torch.zeros_like(self.rows), hidden.gather(1, last).flatten(0, 1))
 
     def _settle(self, rows, nodes, hidden, levels=1):
-        """Given the hidden states (R,D) at decisions `nodes` (R,) of `rows` (R,), write down what
-        their children lead to. levels: how many of the decisions may stand one above the other. The
-        children of a decision are known once it is known itself: with the root done and a decision
-        and one below it in `nodes`, the first pass makes the upper one's children known, the second
-        the lower one's.
+        """Given the hidden states (R,width) at decisions `nodes` (R,) of `rows` (R,), write down
+        what their children lead to. levels: how many of the decisions may stand one above the
+        other. The children of a decision are known once it is known itself: with the root done and
+        a decision and one below it in `nodes`, the first pass makes the upper one's children known,
+        the second the lower one's.
         """
         child, step = decide(self.model, self.trie, hidden, nodes, self.over)      # (R,C)
         to = torch.where(child >= 0, self.mode.end[child], self.trie.n_nodes)
