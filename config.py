@@ -130,7 +130,7 @@ AT_LEAST = dict(
 # options that do not change a result: where it is kept and told, how safely, in how much memory
 PLACES = ("out_dir", "data_dir", "resume", "sft_from", "save_every", "track", "recompute")
 # those that --sft_from leaves free: what is measured, and the game
-MEASURED = ("group_by", "target", "eval_users")
+MEASURED = ("group_by", "target", "eval_users", "vocab_users")
 GAME = tuple(itertools.dropwhile(lambda k: k != "method", Config.__dataclass_fields__))
 
 

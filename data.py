@@ -124,7 +124,7 @@ def fetch_movielens(name, data_dir):
     recbole = ("ml-100k.inter", "ml-100k.item")
     if all((folder / f).exists() for f in ML_FILES[name]):
         return folder
-    if name == "ml-100k" and all((folder / f).exists() for f in recbole):
+    if name == "ml-100k" and not archive.exists() and all((folder / f).exists() for f in recbole):
         print(f"! {folder}: RecBole's copy of ML-100K, not GroupLens' own files")
         return folder
     if not archive.exists():
@@ -359,6 +359,14 @@ def evenly(total, n):
     return np.arange(n) * total // n if 0 < n < total else np.arange(total)
 
 
+def spaced(cases, n):
+    """The cases (user, history, target) of n users, evenly spaced; of all if n is 0 or too many."""
+    user, history, target = cases
+    ids = np.unique(user)
+    kept = np.flatnonzero(np.isin(user, ids[evenly(len(ids), n)]))
+    return user[kept], [history[k] for k in kept], target[kept]
+
+
 def long_enough(histories, holdout):
     """-> for each history whether it can be split: 2 * holdout + 3 items. Says how many cannot;
     InputError if all.
@@ -388,6 +396,9 @@ def prepare(items, ratings, header, noun, holdout=1, max_users=0):
             if not title.strip():
                 raise InputError(f"item {i} has no title")
             merged[natural(title), year].append(i)
+    if again := len(rated) - len(merged):
+        print(f"! {again} of {len(rated)} items have another's title and year and were merged with "
+              f"it")
     alone = Counter(title for title, _ in merged)
     number, titles, genres = {}, [], []
     for (title, year), ids in merged.items():

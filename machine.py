@@ -190,10 +190,12 @@ class Resumable:
                 raise data.InputError(f"{out} holds an unfinished run: --resume goes on with it; "
                                       f"or delete its checkpoint*.pt, or use another --out_dir")
             if not checkpoint:
+                if (out / "results.json").exists():
+                    raise data.InputError(f"{out} holds a finished run: use another --out_dir, or "
+                                          f"delete it")
                 self.log_file.seek(0)           # or its place would stay behind the end
                 self.log_file.truncate()
-                for name in ("sft.pt", "results.json"):     # another run's
-                    (out / name).unlink(missing_ok=True)
+                (out / "sft.pt").unlink(missing_ok=True)    # another run's
         except OSError as e:
             raise data.InputError(f"--out_dir={out}: {e.strerror}; choose another") from None
         self.out, self.saved, self.stop = out, time.time(), False

@@ -26,36 +26,51 @@ from config import MEASURED, PLACES, exit_code
 from model import save_peft
 
 
-def origin_report(run, pre, sft, end):
-    """Equation (5), per group and in words. -> the `origins` of results.json."""
-    ds, (user, history, _) = run.ds, run.cases["test"]
-    star, E_pre, E_sft, E_ufo = map(np.array, (sft["E_star"], pre["E"], sft["E"], end["E"]))
-    o = judger.origins(star, E_pre, E_sft)
-    sums = [metrics.group_sums(ds.credit, x)
-            for x in (run.shown(history), pre["lists"], sft["lists"])]
-    debiased, ci = judger.covariance_debiased(*sums, user, judger.TARGETS[run.cfg.target])
-    print(f"\nWhere the unfairness comes from (test; exposure in per cent; pretrained: "
-          f"over={pre['over']})")
-    print(f"{'group':>14} {'E*':>7} {'E_pre':>7} {'E_sft':>7} {'E_ufo':>7} {'b':>7} {'shift':>7}")
-    for g in np.argsort(-o["b"]):
-        shares = " ".join(f"{100 * x[g]:7.2f}" for x in (star, E_pre, E_sft, E_ufo))
-        print(f"{ds.groups[g]:>14} {shares} {100 * o['b'][g]:+7.2f} {100 * o['shift'][g]:+7.2f}")
+def origin(run, pre, sft):
+    """(5) of two test rows, on the users of `pre` -> a dict of plain numbers, per group and in all,
+    and a sentence on Cov(b, shift).
+    """
+    cases, ds, fair = run.cases["test"], run.ds, judger.TARGETS[run.cfg.target]
+    n = run.cfg.vocab_users if pre["over"] == "vocab" else 0
+    user, history, _ = data.spaced(cases, n)
+    _, lists, _ = data.spaced((cases[0], sft["lists"], cases[2]), n)
+    sums = [metrics.group_sums(ds.credit, x) for x in (run.shown(history), pre["lists"], lists)]
+    star, E_pre, E_sft = (metrics.exposure(*x) for x in sums)
+    o = judger.origins(fair(star), E_pre, E_sft)
+    debiased, ci = judger.covariance_debiased(*sums, user, fair)
     verb = ("amplified" if ci[0] > 0 else "worked against" if ci[1] < 0
             else "neither clearly amplified nor worked against")
-    print(f"SFT {verb} the pretraining bias: Cov(b, shift) = {debiased:+.2e} [{ci[0]:+.2e}, "
-          f"{ci[1]:+.2e}] without noise bias (plain {o['covariance']:+.2e}, correlation "
-          f"{o['correlation']:+.2f})")
-    found = {"groups": ds.groups, "E_star": star.tolist(), "E_pre": E_pre.tolist(),
-             "E_sft": E_sft.tolist(), "E_ufo": E_ufo.tolist(), "b": o["b"].tolist(),
-             "shift": o["shift"].tolist(), "covariance": debiased, "covariance_ci": ci,
-             "covariance_plain": o["covariance"], "correlation": o["correlation"],
-             "over": pre["over"]}
+    found = {"over": pre["over"], "E_star": fair(star).tolist(), "E_pre": E_pre.tolist(),
+             "E_sft": E_sft.tolist(), "b": o["b"].tolist(), "shift": o["shift"].tolist(),
+             "covariance": debiased, "covariance_ci": ci, "covariance_plain": o["covariance"],
+             "correlation": o["correlation"]}
+    text = (f"SFT {verb} the pretraining bias (over={pre['over']}, {len(np.unique(user))} users): "
+            f"Cov(b, shift) = {debiased:+.2e} [{ci[0]:+.2e}, {ci[1]:+.2e}] without noise bias "
+            f"(plain {o['covariance']:+.2e}, correlation {o['correlation']:+.2f})")
     if ds.planted is not None and run.cfg.group_by == "genre":
         rank = lambda x: np.argsort(np.argsort(x))
         agree = float(np.corrcoef(rank(o["b"]), rank(ds.planted))[0, 1])
         found |= {"planted": ds.planted.tolist(), "planted_rank_correlation": agree}
-        print(f"the judger's b against the planted skew of the web corpus: rank correlation "
-              f"{agree:.2f}")
+        text += f"; b against the planted skew of the web corpus: rank correlation {agree:.2f}"
+    return found, text
+
+
+def origin_report(run, stages, end):
+    """Equation (5), per group and in words, by the trie's softmax and, where it was measured, by
+    the vocabulary's. -> the `origins` of results.json.
+    """
+    found, text = origin(run, stages["pretrained"], stages["sft"])
+    found |= {"groups": run.ds.groups, "E_ufo": stages[end]["E"]}
+    names = ("E_star", "E_pre", "E_sft", "E_ufo", "b", "shift")
+    print("\nWhere the unfairness comes from (test; exposure in per cent; over=trie)")
+    print(f"{'group':>14} " + " ".join(f"{name.replace('E_star', 'E*'):>7}" for name in names))
+    for g in np.argsort(-np.array(found["b"])):
+        shares = " ".join(f"{100 * found[x][g]:{'+' * (x in ('b', 'shift'))}7.2f}" for x in names)
+        print(f"{run.ds.groups[g]:>14} {shares}")
+    print(text)
+    if "pretrained-vocab" in stages:
+        found["vocab"], text = origin(run, stages["pretrained-vocab"], stages["sft"])
+        print(text)
     return found
 
 
@@ -110,7 +125,7 @@ def finish(run, end):
     rows = [row for row in run.state["measured"].values() if row["split"] == "test"]
     stages = {row["stage"]: row for row in rows}
     yardsticks, chosen = run.yardsticks(), run.chosen()
-    origins = origin_report(run, stages["pretrained"], stages["sft"], stages[end])
+    origins = origin_report(run, stages, end)
     told = end if cfg.rounds else next(reversed(stages))        # without a game: re-ranking, if any
     example_lists(run, stages["sft"], stages[told])
     results_table(rows, yardsticks, cfg.topk)

@@ -234,7 +234,8 @@ class Search:
 
         Exact: a prefix is at least as probable as every title under it, so it is expanded, best
         first, up to `width` at a time (a width that grows by half with every pass up to 64, as a
-        poor model needs many), only while it still beats the k-th best finished title. width = 0
+        poor model needs many, but not over the vocabulary, whose rows of logits are long), only
+        while it still beats the k-th best finished title. width = 0
         runs the whole catalog in one pass instead: more tokens, no waiting for one pass to say what
         the next one needs. Where fewer than k items are left unseen, the rest is -1 with -inf. k <=
         I. The last thing to ask of a Search: finished documents leave its cache.
@@ -249,7 +250,7 @@ class Search:
             open_ = self.logp[self.rows[:, None], decisions].masked_fill(done, NEG)
             # no title under a prefix is more probable than it
             bound, which = open_.topk(min(int(width), len(decisions)), 1)
-            width = min(1.5 * width, 64)        # (B, 64) decisions, each with a row of logits
+            width = min(1.5 * width, 64) if self.over == "trie" else width
             want = bound > kth                                          # may still enter the list
             busy = want.view(len(self.docs), -1).any(1)                 # (d,)
             if not busy.any():

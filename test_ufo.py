@@ -665,7 +665,8 @@ def test_ml1m_layout(tmp_path, capsys):
     assert ds.titles.count("The Ice Storm") == 1 and "Nobody Rated Me" not in ds.titles
     i = ds.titles.index("The Ice Storm")
     assert dict(zip(ds.groups, ds.credit[i]))["Drama"] == 0.5 and np.allclose(ds.credit.sum(1), 1)
-    assert len(ds.users) == 12 and "1 of 13 users" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert len(ds.users) == 12 and "1 of 13 users" in said and "1 of 15 items have ano" in said
     assert ds.users[:4] == ["1", "2", "5", "6"] and all(len(set(h)) == len(h) for h in ds.histories)
     first = [l.split("::") for l in (tmp_path / "ml-1m"
                                      / "ratings.dat").read_text("latin-1").splitlines()
@@ -990,9 +991,9 @@ def test_sft_as_a_loss_has_the_log_losss_gradient():
 
 def test_spaced_keeps_all_cases_of_its_users():
     user = np.repeat(np.arange(10), 2)
-    kept, history, target = train.spaced((user, list(range(20)), np.arange(20)), 5)
+    kept, history, target = data.spaced((user, list(range(20)), np.arange(20)), 5)
     assert kept.tolist() == [0, 0, 2, 2, 4, 4, 6, 6, 8, 8] and target.tolist() == history
-    assert train.spaced((user, [None] * 20, user), 0)[0].tolist() == user.tolist()
+    assert data.spaced((user, [None] * 20, user), 0)[0].tolist() == user.tolist()
 
 
 def test_train_users_sees_the_histories_of_so_many_users_alone(tmp_path):
@@ -1041,7 +1042,7 @@ SMALL = ["--pretrain_iters=20", "--sft_iters=20", "--eval_every=10", "--batch_si
 def test_toy_end_to_end_and_bitwise_again(tmp_path, capsys):
     results = []
     for name in ("a", "b"):
-        train.main(train.configure([*SMALL, "--game_dropout=False",
+        train.main(train.configure([*SMALL, "--game_dropout=False", "--vocab_users=20",
                                     f"--out_dir={tmp_path / name}"]))
         r = json.loads((tmp_path / name / "results.json").read_text())
         results.append(r)
@@ -1062,6 +1063,17 @@ def test_toy_end_to_end_and_bitwise_again(tmp_path, capsys):
     looks = {row["stage"]: row for row in results[0]["validation"]}
     best = max(("sft 10", "sft 20"), key=lambda stage: looks[stage]["NDCG@10"])
     assert looks["sft"]["E"] == looks[best]["E"] and looks["sft"]["less_sft"]["MGU@10"] == [0, 0, 0]
+    # (5) by both softmaxes: the vocabulary's on its own users
+    vocab = next(row for row in results[0]["rows"] if row["over"] == "vocab")
+    of = results[0]["origins"]["vocab"]
+    assert of["E_pre"] == vocab["E"] and of["E_star"] == vocab["E_star"]
+    assert of["b"] == pytest.approx(np.subtract(vocab["E"], vocab["E_star"]))
+    assert of["E_pre"] != results[0]["origins"]["E_pre"]
+    # and is not overwritten
+    kept = (tmp_path / "a" / "results.json").read_bytes()
+    with pytest.raises(data.InputError, match="a finished run"):
+        train.main(train.configure([*SMALL, f"--out_dir={tmp_path / 'a'}"]))
+    assert (tmp_path / "a" / "results.json").read_bytes() == kept
     run = train.trained(tmp_path / "a")
     run.open(tmp_path / "again")
     again = run.measure("sft", "val")

@@ -94,9 +94,11 @@ class Run(machine.Resumable):
         self.base, self.tokenizer, self.source = self.build()
         self.catalog = Catalog(ds.titles, ds.header, self.tokenizer, cfg.history)
         self.catalog.trie.to(self.device)
-        self.base.to(self.device)
         self.base.compute_dtype = self.dtype
-        self.cases = {split: spaced(ds.cases(split), cfg.eval_users)
+        if cfg.init_from != "scratch":      # 16 bits before it goes to a card
+            self.base.freeze()
+        self.base.to(self.device)
+        self.cases = {split: data.spaced(ds.cases(split), cfg.eval_users)
                       for split in ("val", "test")}
         n = sum(map(len, ds.histories))
         print(f"{cfg.dataset}: {len(ds.users)} users, {len(ds.titles)} titles, {n} ratings, "
@@ -298,7 +300,7 @@ class Run(machine.Resumable):
         cfg, t0, stage = self.cfg, time.time(), stage or policy
         if (key := key_of(stage, split, over)) in self.state["measured"]:
             return self.state["measured"][key]
-        user, history, target = spaced(self.cases[split], most)
+        user, history, target = data.spaced(self.cases[split], most)
         # like lengths together, the longest first
         size = [self.catalog.lengths[h].sum() for h in self.shown(history)]
         order = np.argsort(size, kind="stable")[::-1]
@@ -592,14 +594,6 @@ def trained(out_dir, **options):
         run.enter(stage)
     run.load_weights(saved)
     return run
-
-
-def spaced(cases, n):
-    """The cases (user, history, target) of n users, evenly spaced; of all if n is 0 or too many."""
-    user, history, target = cases
-    ids = np.unique(user)
-    kept = np.flatnonzero(np.isin(user, ids[data.evenly(len(ids), n)]))
-    return user[kept], [history[k] for k in kept], target[kept]
 
 
 def set_lr(opt, peak, it, total):
