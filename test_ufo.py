@@ -1213,11 +1213,14 @@ def test_resume_keeps_its_places_and_its_data(tmp_path, capsys):
     out.mkdir()
     (out / "log.jsonl").write_text("a finished run's\n" * 99)           # of no run that goes on
     (out / "results.json").write_text("{}")
-    run = train.Run(train.configure([*SMALL, f"--out_dir={out}", "--data_dir=elsewhere",
-                                     "--save_every=7"]))
+    cfg = train.configure([*SMALL, f"--out_dir={out}", "--data_dir=elsewhere", "--save_every=7"])
+    with pytest.raises(data.InputError, match="a finished run"):
+        train.Run(cfg)
+    assert (out / "log.jsonl").stat().st_size and (out / "results.json").exists()
+    (out / "results.json").unlink()
+    run = train.Run(cfg)
     run.save()
     assert machine.read_checkpoint(out)["log_size"] == 0
-    assert not (out / "results.json").exists()      # or --resume would call this run finished
     cfg = train.configure(["--resume", f"--out_dir={out}", "--track=tensorboard"])
     assert cfg.data_dir == "elsewhere" and cfg.save_every == 7
     cfg.track = ""
