@@ -235,10 +235,10 @@ class Search:
         Exact: a prefix is at least as probable as every title under it, so it is expanded, best
         first, up to `width` at a time (a width that grows by half with every pass up to 64, as a
         poor model needs many, but not over the vocabulary, whose rows of logits are long), only
-        while it still beats the k-th best finished title. width = 0
-        runs the whole catalog in one pass instead: more tokens, no waiting for one pass to say what
-        the next one needs. Where fewer than k items are left unseen, the rest is -1 with -inf. k <=
-        I. The last thing to ask of a Search: finished documents leave its cache.
+        while it still beats the k-th best finished title. width = 0 runs the whole catalog in one
+        pass instead: more tokens, no waiting for one pass to say what the next one needs. Where
+        fewer than k items are left unseen, the rest is -1 with -inf. k <= I. The last thing to ask
+        of a Search: finished documents leave its cache.
         """
         decisions = self.mode.decision.nonzero()[:, 0]
         if not width:
